@@ -1,0 +1,155 @@
+"""The record a run leaves: typed, and plain JSON on request. docs/result.md describes every field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import onnx
+
+SCHEMA = 1
+
+Form = Literal["dense", "low-rank", "channels", "low-rank + channels", "spatial"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Size and cost of one model.
+
+    ``params`` counts the elements of floating-point weights, ``macs`` the multiply-accumulates of one run at batch 1
+    (Conv, Gemm, MatMul), ``latency_ms`` is the median over interleaved rounds, None when it was not measured.
+    """
+
+    params: int
+    macs: int
+    file_bytes: int
+    latency_ms: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Before divided by after for each field of :class:`Totals`; above 1 is better."""
+
+    params: float
+    macs: float
+    file_bytes: float
+    latency_ms: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerResult:
+    """What became of one compressible layer.
+
+    ``shape`` is the weight's shape in the file, ``error`` the relative error of the layer's output
+    ``||y - y'|| / ||y - mean(y)||`` on held-out columns (None without data, 0.0 for a dense layer). ``rank`` is 0
+    without a low-rank branch, ``kept_channels`` 0 without a sparse one, ``channels`` the input channels of the layer
+    and ``kept_outputs`` the filters left when every reader has dropped the others.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    form: Form
+    rank: int
+    kept_channels: int
+    channels: int
+    outputs: int
+    kept_outputs: int
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedLayer:
+    """A layer that was left dense, and why."""
+
+    name: str
+    op: str
+    params: int
+    macs: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputQuality:
+    """How close one output of the compressed model is to the original on held-out samples.
+
+    ``top1_agreement`` and ``top5_agreement`` are shares of samples and None unless the output is (batch, classes);
+    the accuracies are None without labels.
+    """
+
+    name: str
+    relative_l2: float
+    cosine: float
+    samples: int
+    top1_agreement: float | None = None
+    top5_agreement: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of :func:`onnx_lrs.compress`.
+
+    ``model`` is the compressed ModelProto and is not part of the JSON. ``quality`` is None without data. ``notes`` are
+    the plain sentences that the console shows as well.
+    """
+
+    input: str | None
+    output: str | None
+    before: Totals
+    after: Totals
+    ratio: Ratio
+    quality: tuple[OutputQuality, ...] | None
+    layers: tuple[LayerResult, ...]
+    skipped: tuple[SkippedLayer, ...]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
+    schema: int = SCHEMA
+    model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values (non-finite numbers become None)."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        clean: dict[str, Any] = _jsonable(plain)
+        return clean
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return the result as a JSON text with keys in a fixed order."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+
+def ratio_of(before: Totals, after: Totals) -> Ratio:
+    """Return before / after, field by field."""
+
+    def over(a: float | None, b: float | None) -> float:
+        return math.nan if not a or not b else a / b
+
+    return Ratio(
+        params=over(before.params, after.params),
+        macs=over(before.macs, after.macs),
+        file_bytes=over(before.file_bytes, after.file_bytes),
+        latency_ms=over(before.latency_ms, after.latency_ms) if before.latency_ms and after.latency_ms else None,
+    )
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
