@@ -1,0 +1,23 @@
+"""The arrays wing: layer approximation on plain NumPy arrays, without onnx or onnxruntime."""
+
+from onnx_lrs.solvers.moments import Accumulator, Moments, merge
+from onnx_lrs.solvers.problem import Budget, Candidate, Factors, Problem, Solution, SpatialFactors, Status, objective
+from onnx_lrs.solvers.solve import METHODS, curve, fit, solve
+
+__all__ = [
+    "METHODS",
+    "Accumulator",
+    "Budget",
+    "Candidate",
+    "Factors",
+    "Moments",
+    "Problem",
+    "Solution",
+    "SpatialFactors",
+    "Status",
+    "curve",
+    "fit",
+    "merge",
+    "objective",
+    "solve",
+]

@@ -1,0 +1,317 @@
+"""Find the layers that can be factorised, and read their weights as matrices.
+
+Every layer is ``y = W x + b`` with W ``(out, channels * taps)``: a Conv's im2col columns (channel-major), a Gemm's or
+MatMul's features (taps = 1). A layer that is left alone gets a reason a user can act on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnx_lrs.errors import ModelError
+from onnx_lrs.graph.model import View, is_standard
+
+SMALLEST = 1024  # weights; below that the extra node costs more than any factorisation saves
+WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
+NOT_SUPPORTED = {
+    "ConvTranspose": "ConvTranspose is not supported yet",
+    "ConvInteger": "quantised layer: its weight is an integer",
+    "QLinearConv": "quantised layer: its weight is an integer",
+    "MatMulInteger": "quantised layer: its weight is an integer",
+    "QLinearMatMul": "quantised layer: its weight is an integer",
+    "LSTM": "recurrent layers are not supported yet",
+    "GRU": "recurrent layers are not supported yet",
+    "RNN": "recurrent layers are not supported yet",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How an op reads its input. Conv uses the first four fields, Gemm the flags, MatMul the side."""
+
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    auto_pad: str = "NOTSET"
+    trans_a: bool = False
+    trans_b: bool = False
+    alpha: float = 1.0
+    beta: float = 1.0
+    weight_left: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One compressible layer; picklable, holds names and numbers only.
+
+    ``node`` is the name of the node's first output, which identifies it in the graph. ``output`` is where the layer's
+    result with its bias appears (behind a following Add for a MatMul). ``bias`` is None if there is none, or if it is not
+    a constant row; ``affine`` says whether the rewriting can add a bias without a new node.
+    """
+
+    name: str
+    op: str
+    node: str
+    input: str
+    weight: str
+    weight_shape: tuple[int, ...]
+    out: int
+    channels: int
+    taps: int
+    bias: str | None
+    bias_add: str | None
+    affine: bool
+    geometry: Geometry
+
+    @property
+    def d(self) -> int:
+        """Columns of the weight matrix."""
+        return self.channels * self.taps
+
+    @property
+    def params(self) -> int:
+        """Weights, bias not counted."""
+        return self.out * self.d
+
+    @property
+    def output(self) -> str:
+        """The tensor that holds the layer's result."""
+        return self.bias_add or self.node
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A layer left dense and why; ``node`` as in :class:`Layer`, None inside a subgraph."""
+
+    name: str
+    op: str
+    node: str | None
+    reason: str
+
+
+def find(view: View, exclude: Sequence[str] = ()) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
+    """Return the layers that can be factorised, in graph order, and those that cannot, each with its reason."""
+    names = _unique_names(view.nodes)
+    layers: list[Layer] = []
+    skipped: list[Skipped] = []
+    for node, name in zip(view.nodes, names, strict=True):
+        if node.op not in WEIGHTED_OPS and node.op not in NOT_SUPPORTED:
+            continue
+        found = _examine(view, node, name, exclude)
+        if isinstance(found, Layer):
+            layers.append(found)
+        else:
+            skipped.append(Skipped(name, node.op, node.outputs[0].name, found))
+    return tuple(layers), tuple(skipped + _inside_subgraphs(view))
+
+
+def _unique_names(nodes: Sequence[gs.Node]) -> list[str]:
+    names: list[str] = []
+    seen: set[str] = set()
+    for node in nodes:
+        output = next((t.name for t in node.outputs if t.name), "")
+        name = node.name if node.name and node.name not in seen else output
+        seen.add(name)
+        names.append(name)
+    return names
+
+
+def _inside_subgraphs(view: View) -> list[Skipped]:
+    return [
+        Skipped(node.name or node.outputs[0].name, node.op, None, "inside a subgraph (If, Loop or Scan)")
+        for sub in view.graph.subgraphs(recursive=True)
+        for node in sub.nodes
+        if node.op in WEIGHTED_OPS
+    ]
+
+
+def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str]) -> Layer | str:
+    if node.op in NOT_SUPPORTED:
+        return NOT_SUPPORTED[node.op]
+    if not is_standard(node.domain):
+        return f"operator of the custom domain {node.domain!r}"
+    side = _weight_side(view, node)
+    if isinstance(side, str):
+        return side
+    weight = node.inputs[side].name
+    values = view.constant(weight)
+    reason = _weight_refused(view, name, weight, values)
+    if reason:
+        return reason
+    layer = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}[node.op](view, node, name, values)
+    if isinstance(layer, Layer):
+        return _too_small_or_excluded(layer, exclude) or layer
+    return layer
+
+
+def _too_small_or_excluded(layer: Layer, exclude: Sequence[str]) -> str | None:
+    if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude):
+        return "excluded by the user"
+    if layer.params < SMALLEST:
+        return f"tiny: {layer.params} weights, below {SMALLEST} nothing is gained"
+    return None
+
+
+def _weight_side(view: View, node: gs.Node) -> int | str:
+    """Return which input is the weight, or the reason why none is."""
+    first, second = (view.is_constant(t.name) for t in node.inputs[:2])
+    if second:
+        return "both inputs are constant" if first else 1
+    if first:
+        return 0 if node.op == "MatMul" else f"the constant is the first input of the {node.op}, not the weight"
+    weight = node.inputs[1]
+    if any(t.name in view.inputs and t.name in view.initialisers for t in node.inputs[:2]):
+        return "its weight is a graph input, so a caller may replace it"
+    if weight.inputs and weight.inputs[0].op == "DequantizeLinear":
+        return "quantised weight (QDQ)"
+    return "its weight is computed in the graph" if node.op == "Conv" else "no constant weight (activations only)"
+
+
+def _weight_refused(view: View, layer: str, weight: str, values: NDArray[Any]) -> str | None:
+    if values.dtype != np.float32:
+        return f"weight of type {values.dtype}; only float32 is factorised"
+    for link in view.chain(weight):
+        if link in view.outputs or link in view.captured:
+            return "its weight is also a graph output or read by a subgraph"
+        if view.reads(link) != 1:
+            return "its weight is shared with another node"
+    if not np.isfinite(values).all():
+        raise ModelError(
+            f"The weight {weight!r} of layer {layer!r} has values that are not finite.",
+            "Export the model again; training may have diverged.",
+        )
+    return None
+
+
+def _conv(view: View, node: gs.Node, name: str, values: NDArray[Any]) -> Layer | str:
+    rank = values.ndim - 2
+    group = int(node.attrs.get("group", 1))
+    if not 1 <= rank <= 3:
+        return f"convolution over {rank} spatial dimensions"
+    if group != 1:
+        depthwise = values.shape[1] == 1
+        return "depthwise convolution" if depthwise else f"grouped convolution ({group} groups)"
+    out, channels, *kernel = values.shape
+    bias, constant = _bias(view, node, out)
+    if bias and not constant:
+        return "its bias is not constant"
+    geometry = Geometry(
+        kernel=tuple(kernel),
+        strides=tuple(node.attrs.get("strides", [1] * rank)),
+        dilations=tuple(node.attrs.get("dilations", [1] * rank)),
+        pads=tuple(node.attrs.get("pads", [0] * 2 * rank)),
+        auto_pad=str(node.attrs.get("auto_pad", "NOTSET")),
+    )
+    return Layer(
+        name=name,
+        op="Conv",
+        node=node.outputs[0].name,
+        input=node.inputs[0].name,
+        weight=node.inputs[1].name,
+        weight_shape=values.shape,
+        out=out,
+        channels=channels,
+        taps=math.prod(kernel),
+        bias=bias,
+        bias_add=None,
+        affine=True,
+        geometry=geometry,
+    )
+
+
+def _gemm(view: View, node: gs.Node, name: str, values: NDArray[Any]) -> Layer:
+    flags = Geometry(
+        trans_a=bool(node.attrs.get("transA", 0)),
+        trans_b=bool(node.attrs.get("transB", 0)),
+        alpha=float(node.attrs.get("alpha", 1.0)),
+        beta=float(node.attrs.get("beta", 1.0)),
+    )
+    out, features = values.shape if flags.trans_b else values.shape[::-1]
+    bias, constant = _bias(view, node, out)
+    return Layer(
+        name=name,
+        op="Gemm",
+        node=node.outputs[0].name,
+        input=node.inputs[0].name,
+        weight=node.inputs[1].name,
+        weight_shape=values.shape,
+        out=out,
+        channels=features,
+        taps=1,
+        bias=bias if constant else None,
+        bias_add=None,
+        affine=constant or not bias,  # a C that is no constant row is passed on as it is, and no bias can be shifted
+        geometry=flags,
+    )
+
+
+def _matmul(view: View, node: gs.Node, name: str, values: NDArray[Any]) -> Layer | str:
+    if values.ndim != 2:
+        return f"weight of rank {values.ndim}; only matrices are factorised"
+    left = view.is_constant(node.inputs[0].name)
+    out, features = values.shape if left else values.shape[::-1]
+    add = None if left else _following_add(view, node, out)
+    return Layer(
+        name=name,
+        op="MatMul",
+        node=node.outputs[0].name,
+        input=node.inputs[1 if left else 0].name,
+        weight=node.inputs[0 if left else 1].name,
+        weight_shape=values.shape,
+        out=out,
+        channels=features,
+        taps=1,
+        bias=add[0] if add else None,
+        bias_add=add[1] if add else None,
+        affine=add is not None,
+        geometry=Geometry(weight_left=left),
+    )
+
+
+def _following_add(view: View, node: gs.Node, out: int) -> tuple[str, str] | None:
+    """Return (bias, output) of an Add that puts a constant row on this MatMul and nothing else."""
+    reader = view.sole_reader(node.outputs[0].name)
+    if reader is None or reader.op != "Add" or not is_standard(reader.domain):
+        return None
+    others = [t.name for t in reader.inputs if t.name != node.outputs[0].name]
+    if len(others) != 1 or not view.is_constant(others[0]) or not _is_row(view.constant(others[0]), out):
+        return None
+    return others[0], reader.outputs[0].name
+
+
+def _bias(view: View, node: gs.Node, out: int) -> tuple[str | None, bool]:
+    """Return the name of the bias input and whether it is a constant with one value per output."""
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return None, False
+    bias = node.inputs[2].name
+    return bias, view.is_constant(bias) and _is_row(view.constant(bias), out)
+
+
+def _is_row(values: NDArray[Any], out: int) -> bool:
+    return values.size == out and values.shape[-1:] == (out,) and values.dtype == np.float32
+
+
+def weight_matrix(view: View, layer: Layer) -> NDArray[np.float64]:
+    """Return W, (out, d), float64, so that the layer computes ``W x + bias_row``; Gemm's alpha is inside."""
+    matrix = view.constant(layer.weight).astype(np.float64)
+    if layer.op == "Conv":
+        return matrix.reshape(layer.out, layer.d)
+    if layer.op == "Gemm":
+        return layer.geometry.alpha * (matrix if layer.geometry.trans_b else matrix.T)
+    return matrix if layer.geometry.weight_left else matrix.T
+
+
+def bias_row(view: View, layer: Layer) -> NDArray[np.float64] | None:
+    """Return the constant bias, (out,), float64, Gemm's beta inside; None if there is none to change."""
+    if layer.bias is None:
+        return None
+    return view.constant(layer.bias).astype(np.float64).reshape(layer.out) * (layer.geometry.beta if layer.op == "Gemm" else 1.0)

@@ -1,0 +1,362 @@
+"""Load and save a ModelProto, and look at it through onnx-graphsurgeon.
+
+What onnx-graphsurgeon loses on export (metadata_props, doc strings, attributes it does not know, the order of value_info;
+measured on 0.6.1) cannot be lost here, because we never export a whole graph with it: it reads the graph and builds new
+nodes, and those nodes are spliced into a copy of the user's ModelProto. Everything that is not replaced stays as it was,
+byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnx_lrs.data import TensorSpec
+from onnx_lrs.errors import ModelError, OutputError
+
+OLDEST_OPSET = 7
+PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2^31 - 1, the rest is room for the graph
+CONSTANT_FORMS = ("value", "value_float", "value_floats", "value_int", "value_ints")
+ModelSource = str | os.PathLike[str] | onnx.ModelProto
+
+
+def load(source: ModelSource) -> onnx.ModelProto:
+    """Return the model with its weights in memory; a ModelProto is copied, so the caller's stays untouched.
+
+    Raises
+    ------
+    ModelError
+        Missing or unreadable file, not an ONNX model, truncated, an opset below 7, or external data that is missing,
+        cut short, or outside the model's folder.
+    """
+    if isinstance(source, onnx.ModelProto):
+        model = onnx.ModelProto()
+        model.CopyFrom(source)
+        _refuse_external(model)
+    else:
+        path = pathlib.Path(source)
+        model = _read(path)
+        _check_external_data(model, path.parent)
+        load_external_data_for_model(model, str(path.parent))
+    _check_usable(model)
+    return model
+
+
+def _refuse_external(model: onnx.ModelProto) -> None:
+    for tensor in all_tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise ModelError(
+                f"The ModelProto's tensor {tensor.name!r} lies in an external file, and a ModelProto has no folder.",
+                "Pass the path of the .onnx file, or onnx.load it with its external data.",
+            )
+
+
+def _read(path: pathlib.Path) -> onnx.ModelProto:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"The model {path} does not exist.", "Check the path.") from None
+    except OSError as error:
+        raise ModelError(f"The model {path} cannot be read: {error.strerror}.", "It must be a readable file.") from None
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError:
+        raise ModelError(
+            f"{path} ({len(content)} bytes) is not an ONNX model, or it is truncated.",
+            "Export or copy it again; its size should match the source.",
+        ) from None
+    return model
+
+
+def _check_usable(model: onnx.ModelProto) -> None:
+    if not model.graph.node or not model.opset_import:
+        raise ModelError("The file holds no ONNX graph.", "Export the model again with torch.onnx, tf2onnx or alike.")
+    version = opset(model)
+    if version < OLDEST_OPSET:
+        raise ModelError(
+            f"The model uses opset {version}; {OLDEST_OPSET} is the oldest supported.",
+            "Convert it first: onnx.version_converter.convert_version(model, 17).",
+        )
+
+
+def _check_external_data(model: onnx.ModelProto, folder: pathlib.Path) -> None:
+    root = folder.resolve()
+    for tensor in all_tensors(model):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        info = ExternalDataInfo(tensor)
+        location = pathlib.PurePath(info.location)
+        target = (root / location).resolve()
+        if location.is_absolute() or ".." in location.parts or not target.is_relative_to(root):
+            raise ModelError(
+                f"Tensor {tensor.name!r} keeps its data in {info.location!r}, outside the model's folder: refused.",
+                "Save the model again with its data file beside it (onnx.save with save_as_external_data=True).",
+            )
+        if not target.is_file():
+            raise ModelError(
+                f"Tensor {tensor.name!r} keeps its data in {info.location!r}, which is missing from {folder}.",
+                "Put the data file beside the model.",
+            )
+        needed = (info.offset or 0) + (info.length or 0)
+        if target.stat().st_size < needed:
+            raise ModelError(
+                f"{info.location!r} has {target.stat().st_size} bytes; tensor {tensor.name!r} ends at {needed}.",
+                "The data file is truncated; copy it again.",
+            )
+
+
+def all_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Yield every dense TensorProto: initialisers and attributes of the graph, its subgraphs and functions."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _graph_tensors(graph)
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Return the version of the default operator set."""
+    return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=OLDEST_OPSET)
+
+
+def file_bytes(path: pathlib.Path) -> int:
+    """Return the size of a model file with its external data, in bytes."""
+    model = onnx.load(str(path), load_external_data=False)
+    places = {
+        ExternalDataInfo(t).location for t in all_tensors(model) if t.data_location == TensorProto.EXTERNAL
+    }
+    return path.stat().st_size + sum((path.parent / p).stat().st_size for p in places)
+
+
+def external_name(path: pathlib.Path) -> str:
+    """Return the name of the external data file that belongs to a model file."""
+    return path.name + ".data"
+
+
+def save(model: onnx.ModelProto, path: pathlib.Path, external: bool) -> None:
+    """Write the model atomically: into a temporary folder beside the target, then moved into place.
+
+    ``external`` (or a size beyond protobuf's 2 GB) puts weights into ``<name>.data`` beside the file.
+
+    Raises
+    ------
+    OutputError
+        If the folder is missing or a write fails (disk full, no permission); files that were there stay whole.
+    """
+    external = external or model.ByteSize() > PROTOBUF_LIMIT
+    if path.is_dir():
+        raise OutputError(f"The output {path} is a folder.", "Give a file name, for example small.onnx.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            _write(model, pathlib.Path(folder) / path.name, external)
+            for name in (external_name(path), path.name):  # the model last: it must not point to data not yet there
+                if (pathlib.Path(folder) / name).exists():
+                    os.replace(pathlib.Path(folder) / name, path.parent / name)
+    except FileNotFoundError:
+        raise OutputError(f"The folder {path.parent} does not exist.", "Create it first.") from None
+    except OSError as error:
+        raise OutputError(
+            f"{path} could not be written: {error.strerror or error}.", "Free space or choose another folder."
+        ) from None
+
+
+def _write(model: onnx.ModelProto, path: pathlib.Path, external: bool) -> None:
+    if external:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        onnx.save_model(copy, str(path), save_as_external_data=True, location=external_name(path), size_threshold=1024)
+    else:
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    for written in path.parent.iterdir():
+        with written.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def signature(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return the inputs a caller feeds (initialisers listed as inputs left out) and the outputs.
+
+    Raises
+    ------
+    ModelError
+        If an input is no tensor (a sequence, map or optional).
+    """
+    constants = {t.name for t in model.graph.initializer} | {t.values.name for t in model.graph.sparse_initializer}
+    inputs = tuple(_spec(v) for v in model.graph.input if v.name not in constants)
+    return inputs, tuple(_spec(v) for v in model.graph.output)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    if not value.type.HasField("tensor_type"):
+        raise ModelError(f"{value.name!r} is not a tensor; models with sequences or maps are not supported.")
+    tensor = value.type.tensor_type
+    dims = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), dims)
+
+
+@contextlib.contextmanager
+def _quiet_graphsurgeon() -> Iterator[None]:
+    """Its logger prints to stdout, where --json has to stay alone."""
+    before = G_LOGGER.severity
+    G_LOGGER.severity = G_LOGGER.CRITICAL
+    try:
+        yield
+    finally:
+        G_LOGGER.severity = before
+
+
+class View:
+    """A read-only look at a model's graph through onnx-graphsurgeon: constants, producers, readers.
+
+    Keyed by tensor name, since onnx-graphsurgeon's nodes and tensors cannot be hashed.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        with _quiet_graphsurgeon():
+            self.graph = gs.import_onnx(model)
+        self.opset = opset(model)
+        self.inputs = {t.name for t in self.graph.inputs} | {v.name for v in model.graph.input}
+        self.outputs = {t.name for t in self.graph.outputs}
+        self.tensors: dict[str, gs.Tensor] = dict(self.graph.tensors())
+        self.nodes: list[gs.Node] = list(self.graph.nodes)
+        self.captured = _captured_by_subgraphs(self.graph)
+        self.initialisers = {t.name for t in model.graph.initializer}
+        self._stored = _stored_constants(model)
+
+    def readers(self, name: str) -> list[gs.Node]:
+        """Return the nodes of the main graph that read a tensor."""
+        return list(self.tensors[name].outputs) if name in self.tensors else []
+
+    def reads(self, name: str) -> int:
+        """Return how many node inputs of the main graph are this tensor."""
+        return sum(t.name == name for node in self._distinct_readers(name) for t in node.inputs)
+
+    def _distinct_readers(self, name: str) -> list[gs.Node]:
+        return list({id(node): node for node in self.readers(name)}.values())
+
+    def sole_reader(self, name: str) -> gs.Node | None:
+        """Return the only reader of a tensor that is read nowhere else: no graph output, no subgraph, no second node."""
+        readers = self._distinct_readers(name)
+        if len(readers) != 1 or name in self.outputs or name in self.captured:
+            return None
+        return readers[0]
+
+    def is_constant(self, name: str) -> bool:
+        """Return whether a tensor is a constant; see :meth:`constant`."""
+        if name in self.inputs:
+            return False
+        node = self._static_producer(name)
+        return name in self._stored or (node is not None and self.is_constant(node.inputs[0].name))
+
+    def constant(self, name: str) -> NDArray[Any]:
+        """Return the value of a constant tensor, loaded afresh (onnx-graphsurgeon would keep a second copy of it).
+
+        Initialisers, Constant nodes, and Identity or Transpose of a constant count; an initialiser that is also a graph
+        input does not, because the caller may override it.
+
+        Raises
+        ------
+        KeyError
+            If the tensor is not constant.
+        """
+        if name in self._stored:
+            return _loaded(self._stored[name])
+        node = self._static_producer(name)
+        if node is None:
+            raise KeyError(name)
+        value = self.constant(node.inputs[0].name)
+        return value if node.op == "Identity" else np.transpose(value, node.attrs.get("perm"))
+
+    def _static_producer(self, name: str) -> gs.Node | None:
+        """Return the Identity or Transpose node that makes a tensor, if one does."""
+        tensor = self.tensors.get(name)
+        node = tensor.inputs[0] if tensor is not None and tensor.inputs else None
+        standard = node is not None and node.op in ("Identity", "Transpose") and is_standard(node.domain)
+        return node if standard else None
+
+    def chain(self, name: str) -> set[str]:
+        """Return the tensor names from a constant back to its initialiser (Identity, Transpose, Constant nodes)."""
+        names = {name}
+        tensor = self.tensors[name]
+        while not isinstance(tensor, gs.Constant) and tensor.inputs and tensor.inputs[0].inputs:
+            tensor = tensor.inputs[0].inputs[0]
+            names.add(tensor.name)
+        return names
+
+
+def is_standard(domain: str | None) -> bool:
+    """Return whether a node's domain is ONNX's own."""
+    return domain in (None, "", "ai.onnx")
+
+
+def _stored_constants(model: onnx.ModelProto) -> dict[str, TensorProto | onnx.AttributeProto]:
+    """Return initialisers and the values of Constant nodes by tensor name."""
+    stored: dict[str, TensorProto | onnx.AttributeProto] = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and is_standard(node.domain) and node.attribute[0].name in CONSTANT_FORMS:
+            stored[node.output[0]] = node.attribute[0]
+    return stored
+
+
+def _loaded(stored: TensorProto | onnx.AttributeProto) -> NDArray[Any]:
+    if isinstance(stored, TensorProto):
+        return numpy_helper.to_array(stored)
+    value = onnx.helper.get_attribute_value(stored)
+    if isinstance(value, TensorProto):
+        return numpy_helper.to_array(value)
+    return np.asarray(value, np.float32 if stored.name.startswith("value_float") else np.int64)
+
+
+def _captured_by_subgraphs(graph: gs.Graph) -> set[str]:
+    """Return every tensor name that a node inside If, Loop or Scan reads (own names of the subgraph included: harmless)."""
+    return {t.name for sub in graph.subgraphs(recursive=True) for t in _reads(sub)}
+
+
+def _reads(sub: gs.Graph) -> list[gs.Tensor]:
+    return [t for node in sub.nodes for t in node.inputs] + list(sub.outputs)
+
+
+def weight_count(model: onnx.ModelProto) -> int:
+    """Return the number of floating-point or 8-bit and smaller elements in initialisers and Constant nodes.
+
+    Shapes, axes and channel indices (int32, int64) are not parameters. A sparse initialiser counts its stored values.
+    """
+    kinds = {TensorProto.INT32, TensorProto.INT64, TensorProto.UINT32, TensorProto.UINT64, TensorProto.BOOL}
+    kinds |= {TensorProto.STRING}
+    total = sum(int(t.values.dims[0]) for t in model.graph.sparse_initializer)
+    for tensor in all_tensors(model):
+        if tensor.data_type not in kinds:
+            total += int(np.prod(tensor.dims, dtype=np.int64))
+    return total
+
+
+def array_tensor(values: NDArray[np.generic], name: str) -> TensorProto:
+    """Return a TensorProto with raw data."""
+    return numpy_helper.from_array(np.ascontiguousarray(values), name)

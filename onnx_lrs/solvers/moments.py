@@ -1,0 +1,95 @@
+"""First and second moments of im2col columns, as values: accumulate, merge.
+
+Batches are centred on their own mean before the float32 product and merged in float64 by the pairwise formula of
+Chan, Golub and LeVeque (1979), so a large common mean (post-ReLU features) costs no digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+FLUSH_ROWS = 2048  # rows gathered before one product: below that the float64 addition of d x d costs more than the product
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and covariance (d, d) of ``count`` columns, float64; the covariance divides by ``count``."""
+
+    count: int
+    mean: Array
+    cov: Array
+
+    def second(self, affine: bool) -> Array:
+        """Return the (d, d) metric of the objective: covariance if a bias absorbs the mean, else E[x x^T]."""
+        return self.cov if affine else self.cov + np.outer(self.mean, self.mean)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Return the moments of the union of two disjoint sets of columns."""
+    n = a.count + b.count
+    delta = b.mean - a.mean
+    cov = a.cov * (a.count / n)
+    cov += b.cov * (b.count / n)
+    cov += np.outer(delta, delta) * (a.count * b.count / n**2)
+    return Moments(n, a.mean + delta * (b.count / n), cov)
+
+
+class Accumulator:
+    """Streams columns into :class:`Moments`; holds one d x d matrix and at most ``FLUSH_ROWS`` + one batch of columns."""
+
+    def __init__(self, d: int) -> None:
+        self._count = 0
+        self._mean = np.zeros(d)
+        self._scatter = np.zeros((d, d))
+        self._pending: list[NDArray[np.float32]] = []
+        self._rows = 0
+
+    def add(self, columns: NDArray[np.float32]) -> None:
+        """Take in columns, shape (n, d), float32."""
+        self._pending.append(columns)
+        self._rows += len(columns)
+        if self._rows >= FLUSH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        x = self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
+        self._pending, self._rows = [], 0
+        n = len(x)
+        mean = x.mean(axis=0, dtype=np.float64)
+        x = x - mean.astype(np.float32)
+        # centring in float32 leaves a mean of about 1e-8; the scatter is about that point, which is what delta measures
+        mean = mean.astype(np.float32).astype(np.float64) + x.mean(axis=0, dtype=np.float64)
+        delta = mean - self._mean
+        total = self._count + n
+        self._scatter += x.T @ x  # syrk inside NumPy
+        if self._count:
+            self._scatter += np.outer(delta, delta * (self._count * n / total))
+        self._mean += delta * (n / total)
+        self._count = total
+
+    def moments(self) -> Moments:
+        """Return the moments of everything added, and give up the matrix (the accumulator is spent).
+
+        Raises
+        ------
+        ValueError
+            If nothing was added.
+        """
+        self._flush()
+        if not self._count:
+            raise ValueError("no columns were added")
+        self._scatter /= self._count
+        scatter, self._scatter = self._scatter, np.zeros((0, 0))
+        return Moments(self._count, self._mean, scatter)
+
+
+def permuted(m: Moments, order: NDArray[np.int64]) -> Moments:
+    """Return the moments of the same columns with their entries taken in another order."""
+    return Moments(m.count, m.mean[order], m.cov[np.ix_(order, order)])

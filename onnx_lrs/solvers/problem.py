@@ -1,0 +1,230 @@
+r"""The seam of the arrays wing: what a solver gets, what it may spend, what it gives back.
+
+Notation (METHODS of the project, section 0): a layer is ``y = W x + b`` with W ``(out, d)``, ``d = channels * taps``,
+columns ordered channel by channel. An approximation is ``E = left @ right + S`` with S zero outside the kept channels.
+
+The one objective of every linear solver is the centred output error
+
+.. math:: J(E) = \mathrm{E}\,\|(W - E)(x - \mathrm{mean}\,x)\|^2 = \mathrm{tr}\,(W - E) H (W - E)^T
+
+with H the covariance of x, or, where no bias may be added, the same with the second moment about zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lrs.solvers.moments import Moments
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+class Status(enum.Enum):
+    """How a solve ended; the value is the sentence shown to the user."""
+
+    SOLVED = "solved"
+    INFEASIBLE = "the budget is smaller than the smallest factorisation; allow more parameters or leave the layer dense"
+    DENSE = "the budget admits the layer as it is; nothing to factorise"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One layer to approximate.
+
+    Parameters
+    ----------
+    weight : ndarray, shape (out, d), float64
+        The layer's matrix W, ``d = channels * taps``, channel-major.
+    taps : int
+        Columns that belong to one input channel (kernel positions of a convolution, 1 for a matrix product).
+    moments : Moments or None
+        Statistics the fit uses; None stands for the identity (weights only).
+    validation : Moments or None
+        Statistics of other samples, which choose between candidates; None: those of the fit.
+    affine : bool
+        True if a bias may absorb the mean, so that only deviations from the mean count.
+    kernel : (int, int) or None
+        Height and width of a 2-D kernel, for the spatial form.
+    """
+
+    weight: Array
+    taps: int = 1
+    moments: Moments | None = None
+    validation: Moments | None = None
+    affine: bool = True
+    kernel: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        out, d = self.weight.shape
+        if d % self.taps:
+            raise ValueError(f"{d} columns are no multiple of {self.taps} taps")
+        if not np.isfinite(self.weight).all():
+            raise ValueError("the weight has values that are not finite")
+        for m in (self.moments, self.validation):
+            if m is not None and m.mean.shape != (d,):
+                raise ValueError(f"moments of {m.mean.shape[0]} columns for a weight of {d}")
+
+    @property
+    def out(self) -> int:
+        """Number of outputs (rows of W)."""
+        return int(self.weight.shape[0])
+
+    @property
+    def d(self) -> int:
+        """Number of columns of W."""
+        return int(self.weight.shape[1])
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels."""
+        return self.d // self.taps
+
+    @property
+    def params(self) -> int:
+        """Parameters of the dense layer, without the bias."""
+        return self.out * self.d
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What one layer may cost, bias not counted.
+
+    Parameters
+    ----------
+    params : int, optional
+        Upper limit of ``rank * (out + d) + kept channels * taps * out``; the solver chooses the split.
+    rank, channels : int, optional
+        The split itself, both given together.
+    multiple : int
+        Ranks and kept channels are multiples of it.
+    """
+
+    params: int | None = None
+    rank: int | None = None
+    channels: int | None = None
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.params is None) == (self.rank is None or self.channels is None):
+            raise ValueError("a layer budget takes either params, or rank and channels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """``W ~ left @ right + S``; S holds ``sparse`` in the columns of the ``kept`` channels and is zero elsewhere.
+
+    Shapes: left (out, rank), right (rank, d), kept (k,) sorted channel numbers, sparse (out, k * taps), float64.
+    ``bias_shift`` (out,) is what the bias gains so that the mean output stays: ``(W - E) mean x``.
+    """
+
+    left: Array
+    right: Array
+    kept: Indices
+    sparse: Array
+    bias_shift: Array
+    taps: int
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank part; 0 if there is none."""
+        return int(self.left.shape[1])
+
+    @property
+    def params(self) -> int:
+        """Parameters, bias not counted."""
+        return self.left.size + self.right.size + self.sparse.size
+
+    def dense(self) -> Array:
+        """Return E, shape (out, d)."""
+        dense = self.left @ self.right
+        dense[:, columns_of(self.kept, self.taps)] += self.sparse
+        return dense
+
+
+@dataclasses.dataclass(frozen=True)
+class SpatialFactors:
+    """A k x k kernel as k x 1 followed by 1 x k: ``W[o, i, a, b] ~ sum_r left[o, r, b] right[r, i, a]``.
+
+    Shapes: left (out, rank, kw), right (rank, channels, kh), bias_shift (out,), float64.
+    """
+
+    left: Array
+    right: Array
+    bias_shift: Array
+
+    @property
+    def rank(self) -> int:
+        """Number of filters between the two convolutions."""
+        return int(self.right.shape[0])
+
+    @property
+    def params(self) -> int:
+        """Parameters, bias not counted."""
+        return self.left.size + self.right.size
+
+    def dense(self) -> Array:
+        """Return E, shape (out, d)."""
+        full = np.einsum("orb,ria->oiab", self.left, self.right, optimize=True)
+        return np.ascontiguousarray(full.reshape(full.shape[0], -1))
+
+
+AnyFactors = Factors | SpatialFactors
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One point of a layer's error curve.
+
+    ``loss`` is J relative to the layer's output variance on the validation moments; ``support`` the kept channels.
+    """
+
+    form: str
+    rank: int
+    params: int
+    loss: float
+    support: Indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What :func:`onnx_lrs.solvers.solve` returns.
+
+    ``objective`` is J(E), float64, on the undamped moments of the fit; ``history`` the objective after each half-step.
+    """
+
+    status: Status
+    factors: AnyFactors | None
+    objective: float
+    history: tuple[float, ...] = ()
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def columns_of(channels: Indices, taps: int) -> Indices:
+    """Return the columns of W that belong to ``channels``, in their order; shape (len(channels) * taps,)."""
+    return (np.asarray(channels, np.int64)[:, None] * taps + np.arange(taps)).ravel()
+
+
+def objective(weight: Array, approximation: Array, moments: Moments | None, affine: bool = True) -> float:
+    """Return J(E) in float64 on undamped moments; the squared Frobenius distance when ``moments`` is None."""
+    difference = np.asarray(weight, np.float64) - approximation
+    if moments is None:
+        return float(np.vdot(difference, difference))
+    return max(float(np.vdot(difference @ moments.second(affine), difference)), 0.0)
+
+
+def judged(weight: Array, factors: AnyFactors, moments: Moments, affine: bool = True) -> float:
+    """Return the relative error ||y - y'|| / ||y - mean y|| (uncentred below when not affine) on other samples' moments.
+
+    The bias shift of the factors is part of y', so a shifted mean counts as an error.
+    """
+    difference = weight - factors.dense()
+    spread = float(np.vdot(difference @ moments.cov, difference))
+    offset = difference @ moments.mean - factors.bias_shift
+    reference = float(np.vdot(weight @ moments.second(affine), weight))
+    return float(np.sqrt(max(spread + float(offset @ offset), 0.0) / reference)) if reference > 0 else 0.0

@@ -1,0 +1,85 @@
+"""One entrance to every method: validated in, validated out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from onnx_lrs.solvers import closed_form
+from onnx_lrs.solvers.closed_form import Family, best_within, candidates, refit
+from onnx_lrs.solvers.problem import Budget, Candidate, Factors, Problem, Solution, Status, objective
+from onnx_lrs.solvers.spectral import assemble
+
+METHODS: dict[str, Callable[[Problem, int], Family]] = {
+    "lrs": closed_form.lrs,
+    "hsvd": closed_form.hsvd,
+    "channels": closed_form.channels,
+    "svd": closed_form.svd,
+    "magnitude": closed_form.magnitude,
+}
+
+
+def curve(problem: Problem, method: str, multiple: int) -> list[Candidate]:
+    """Return the candidates of ``method`` that no other one beats in both parameters and loss, by rising parameters."""
+    found = candidates(problem, METHODS[method](problem, multiple), multiple)
+    return undominated(found)
+
+
+def undominated(found: list[Candidate]) -> list[Candidate]:
+    """Return the Pareto front, by rising parameters."""
+    front: list[Candidate] = []
+    for candidate in sorted(found, key=lambda c: (c.params, c.loss)):
+        if not front or candidate.loss < front[-1].loss:
+            front.append(candidate)
+    return front
+
+
+def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
+    """Approximate one layer within a budget.
+
+    Parameters
+    ----------
+    problem : Problem
+        The layer and its statistics.
+    budget : Budget
+        Parameters (the method chooses the split), or rank and number of kept channels.
+    method : str
+        A key of :data:`METHODS`.
+
+    Returns
+    -------
+    Solution
+        ``factors`` within the budget, or None with the status INFEASIBLE or DENSE.
+
+    Raises
+    ------
+    KeyError
+        If the method is unknown.
+    """
+    if budget.params is not None and budget.params >= problem.params:
+        return Solution(Status.DENSE, None, 0.0)
+    family = METHODS[method](problem, budget.multiple)
+    chosen = best_within(candidates(problem, family, budget.multiple), budget)
+    if chosen is None:
+        return Solution(Status.INFEASIBLE, None, objective(problem.weight, 0 * problem.weight, problem.moments))
+    return fit(problem, chosen, method, family)
+
+
+def fit(problem: Problem, chosen: Candidate, method: str, family: Family | None = None) -> Solution:
+    """Solve for the rank and support of a candidate (made on other moments, perhaps)."""
+    if method in ("svd", "magnitude"):  # they see no data: nothing to refit
+        family = family or METHODS[method](problem, 1)
+        (split,) = (s for s in family.splits if len(s.support) == len(chosen.support))
+        factors = assemble(problem, family.reduced, split, chosen.rank, shift=False)
+        history: tuple[float, ...] = ()
+    else:
+        factors, history = refit(problem, chosen.support, chosen.rank)
+    return Solution(Status.SOLVED, factors, _objective(problem, factors), history)
+
+
+def _objective(problem: Problem, factors: Factors) -> float:
+    value = objective(problem.weight, factors.dense(), problem.moments, problem.affine)
+    if not np.isfinite(value):
+        raise FloatingPointError("a solver returned values that are not finite")
+    return value

@@ -1,0 +1,151 @@
+r"""Low-rank plus kept channels in closed form, for every rank at once (our derivation).
+
+Fix the kept columns K and write T for the target, H for the (damped) metric. The best S on K for a given L explains of
+``(T - L) x`` all that ``x_K`` can explain, so only the part of x that ``x_K`` cannot predict is left for L:
+
+.. math:: \min_S J(L + S) = \mathrm{tr}\,(T - L)\,H_{|K}\,(T - L)^T, \qquad H_{|K} = H - H_{:K} H_{KK}^{-1} H_{K:}.
+
+With U the top r eigenvectors of ``T H_|K T^T`` the joint optimum is ``L = U U^T T`` and
+``S = (I - U U^T) T H_{:K} H_{KK}^{-1}``, and its error is the sum of the dropped eigenvalues. K empty is the low-rank step
+in the H-metric; r = 0 is least squares on kept channels. One Cholesky factorisation ``H = C C^T`` with the columns in order
+of importance serves every K that is a prefix of that order: with ``B = T C``, ``T H_|K T^T`` is the Gram of B's columns
+behind K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+
+from onnx_lrs.solvers.moments import Moments
+from onnx_lrs.solvers.problem import Array, Factors, Indices, Problem, columns_of
+
+DAMPING = 1e-3  # of the mean diagonal of H, toward the original weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A support with everything needed for any rank beside it.
+
+    ``support`` (k,) channels in order of importance, ``coefficients`` (m, k * taps) the least-squares weights on them,
+    ``basis`` (m, m or 0) orthonormal columns by falling eigenvalue. m = min(out, d).
+    """
+
+    support: Indices
+    coefficients: Array
+    basis: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """A problem with at most d rows: ``weight = rotation @ target``; rotation (out, m) is None for the identity.
+
+    The objective does not change under an orthonormal rotation of the outputs, so a tall layer is solved on d rows.
+    """
+
+    target: Array
+    rotation: Array | None
+
+    def lift(self, rows: Array) -> Array:
+        """Return ``rotation @ rows``."""
+        return rows if self.rotation is None else self.rotation @ rows
+
+
+def reduce_rows(weight: Array) -> Reduced:
+    """Return the problem on min(out, d) rows (QR if the layer has more outputs than inputs)."""
+    out, d = weight.shape
+    if out <= d:
+        return Reduced(weight, None)
+    rotation, target = np.linalg.qr(weight)
+    return Reduced(target, rotation)
+
+
+def damped(problem: Problem, damping: float = DAMPING) -> Array | None:
+    """Return H + damping * mean(diag H) * I of the fit, positive definite; None stands for the identity."""
+    if problem.moments is None:
+        return None
+    metric = problem.moments.second(problem.affine).copy()
+    level = float(np.trace(metric)) / len(metric)
+    metric[np.diag_indices_from(metric)] += damping * level if level > 0 else 1.0
+    return metric
+
+
+def splits(
+    target: Array, metric: Array | None, order: Indices, counts: Sequence[int], taps: int, low_rank: bool = True
+) -> list[Split]:
+    """Return a :class:`Split` for each prefix length in ``counts`` of the channel ``order``.
+
+    ``target`` (m, d), ``metric`` (d, d) positive definite or None. Cost: one Cholesky of d x d, and per count one
+    product of at most m x d x m and one eigenproblem of m x m (none with ``low_rank`` False: the basis is empty).
+    """
+    columns = columns_of(order, taps)
+    ordered = target[:, columns]
+    if metric is None:
+        return [_split(ordered, None, ordered, order[:k], low_rank, taps) for k in counts]
+    factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)], lower=True, overwrite_a=True, check_finite=False)
+    explained = ordered @ factor
+    return [_split(explained, factor, ordered, order[:k], low_rank, taps) for k in counts]
+
+
+def _split(
+    explained: Array, factor: Array | None, ordered: Array, support: Indices, low_rank: bool, taps: int
+) -> Split:
+    k = len(support) * taps
+    coefficients = ordered[:, :k] if factor is None else _regress(explained[:, :k], factor[:k, :k])
+    if not low_rank:
+        return Split(support, coefficients, np.zeros((len(explained), 0)))
+    rest = explained[:, k:]
+    _, basis = np.linalg.eigh(rest @ rest.T)
+    return Split(support, coefficients, np.ascontiguousarray(basis[:, ::-1]))
+
+
+def _regress(explained: Array, factor: Array) -> Array:
+    if not factor.size:
+        return np.zeros_like(explained)
+    solved = scipy.linalg.solve_triangular(factor, explained.T, lower=True, trans="T", check_finite=False)
+    return np.ascontiguousarray(solved.T)
+
+
+def unexplained(target: Array, split: Split, taps: int) -> Array:
+    """Return F, (m, d): ``F x`` is what the kept channels leave of ``target @ x``; rank r then leaves (I - U U^T) F x."""
+    rest = target.copy()
+    rest[:, columns_of(split.support, taps)] -= split.coefficients
+    return rest
+
+
+def losses(rest: Array, basis: Array, moments: Moments | None, affine: bool, centre: Array | None) -> Array:
+    """Return J for rank 0 ... basis.shape[1] when F = ``rest`` is left without a low-rank part.
+
+    ``moments`` are those of the judging samples (None: identity); ``centre`` is the mean that the bias was shifted for
+    (None: no shift). Shape (ranks + 1,), float64.
+    """
+    if moments is None:
+        gram = rest @ rest.T
+    else:
+        gram = rest @ moments.cov @ rest.T
+        offset = rest @ (moments.mean if centre is None or not affine else moments.mean - centre)
+        gram += np.outer(offset, offset)
+    gains = np.einsum("mr,mr->r", basis, gram @ basis)
+    return np.maximum(np.trace(gram) - np.concatenate([[0.0], np.cumsum(gains)]), 0.0)
+
+
+def assemble(problem: Problem, reduced: Reduced, split: Split, rank: int, shift: bool = True) -> Factors:
+    """Return the factors of a split with the given rank; ``shift`` False leaves the bias alone."""
+    basis = split.basis[:, :rank]
+    coefficients = split.coefficients - basis @ (basis.T @ split.coefficients)
+    by_channel = np.argsort(split.support)
+    factors = Factors(
+        left=reduced.lift(basis),
+        right=basis.T @ reduced.target,
+        kept=split.support[by_channel],
+        sparse=reduced.lift(coefficients)[:, columns_of(by_channel, problem.taps)],
+        bias_shift=np.zeros(problem.out),
+        taps=problem.taps,
+    )
+    if not (shift and problem.affine and problem.moments is not None):
+        return factors
+    bias_shift = (problem.weight - factors.dense()) @ problem.moments.mean
+    return dataclasses.replace(factors, bias_shift=bias_shift)
