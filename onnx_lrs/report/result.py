@@ -95,7 +95,22 @@ class OutputQuality:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class _Report:
+    """A record with a JSON form; a field whose metadata says ``json=False`` is left out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain JSON values (non-finite numbers become None)."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("json", True)}
+        clean: dict[str, Any] = _jsonable(plain)
+        return clean
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return the record as a JSON text with keys in a fixed order."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(_Report):
     """The outcome of :func:`onnx_lrs.compress`.
 
     ``model`` is the compressed ModelProto and is not part of the JSON. ``quality`` is None without data. ``notes`` are
@@ -116,17 +131,43 @@ class Result:
     peak_memory_bytes: int
     notes: tuple[str, ...] = ()
     schema: int = SCHEMA
-    model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False)
+    model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain JSON values (non-finite numbers become None)."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
-        clean: dict[str, Any] = _jsonable(plain)
-        return clean
 
-    def to_json(self, indent: int | None = 2) -> str:
-        """Return the result as a JSON text with keys in a fixed order."""
-        return json.dumps(self.to_dict(), indent=indent)
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+    """One Conv, Gemm or MatMul of a model as it is, and whether it can be compressed.
+
+    ``shape`` is the weight's shape in the file and empty when the layer has no constant weight. ``reason`` says why a
+    layer is not ``eligible`` and is None when it is.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    params: int
+    macs: int
+    eligible: bool
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection(_Report):
+    """What :func:`onnx_lrs.inspect` finds in a model; nothing is changed.
+
+    ``inputs`` and ``outputs`` are one text a tensor: name, type and shape, ``image float32 [N,3,32,32]``.
+    """
+
+    input: str | None
+    opset: int
+    ir_version: int
+    producer: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    totals: Totals
+    layers: tuple[LayerInfo, ...]
+    notes: tuple[str, ...] = ()
+    schema: int = SCHEMA
 
 
 def ratio_of(before: Totals, after: Totals) -> Ratio:

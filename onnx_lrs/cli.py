@@ -1,0 +1,453 @@
+"""The command line: argv -> Config, one call of the library, a table on stderr, JSON on request. No logic.
+
+There are three commands. ``compress`` is the default one and its name may be left out, so the first argument decides:
+``inspect`` and ``demo`` are commands, everything else is the model (a file called inspect is ``./inspect``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from onnx_lrs import __version__
+from onnx_lrs.config import GIB, Budget, Config, Preprocess
+from onnx_lrs.errors import ConfigError, OnnxLrsError, OutputError
+from onnx_lrs.progress import Progress
+from onnx_lrs.report.result import Inspection, Result
+
+INTERRUPTED = 130
+DEMO_BUDGET = Budget(params=0.25)
+STDOUT = "-"
+
+Command = Callable[[argparse.Namespace, Config, Progress], Result | Inspection]
+
+USAGE = """onnx-lrs MODEL -o OUT [options]
+       onnx-lrs inspect MODEL [options]
+       onnx-lrs demo [-o OUT] [options]"""
+
+EPILOG = """\
+examples:
+  onnx-lrs model.onnx -o small.onnx --data photos/ --preset imagenet --params 0.5
+  onnx-lrs model.onnx -o small.onnx --data calibration.npz --macs 0.6 --json report.json
+
+"onnx-lrs compress MODEL -o OUT" says the same. "onnx-lrs inspect --help" and "onnx-lrs demo --help" show the
+options of the other commands. Tables and progress go to stderr; stdout carries nothing but --json -.
+
+exit codes:
+  0    done
+  1    a bug in onnx-lrs (please report the traceback)
+  2    the command line or a setting is wrong
+  3    the model cannot be read, is not supported or does not run
+  4    the calibration data or labels cannot be used
+  5    the budget cannot be reached
+  6    the compressed model failed a check; nothing was written
+  7    the result could not be written
+  8    ONNX Runtime is missing, doubled or lacks the provider
+  130  interrupted; nothing was written
+"""
+
+
+# ------------------------------------------------------------------------------------------- values of the flags
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes in ``2GiB``, ``1500MB`` or ``1.5 GiB``; the unit is not optional."""
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": GIB}
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Z]+)", text.strip().upper(), flags=re.ASCII)
+    if match is None or match[2] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write a number and a unit: 2GiB or 1500MB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """Return (name, dimensions) of ``input:1,3,224,224``; the name may hold colons itself."""
+    name, _, dimensions = text.rpartition(":")
+    parts = [part.strip() for part in dimensions.split(",")]
+    if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write NAME:1,3,224,224 with positive numbers")
+    return name, tuple(map(int, parts))
+
+
+def parse_extent(text: str) -> int | tuple[int, int]:
+    """Return 224 for ``224`` and (height, width) for ``224x320``."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels; write 224 or 224x320 (height x width)")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def parse_crop(text: str) -> tuple[int, int]:
+    """Return (height, width) for ``224x320``, a square for ``224``."""
+    extent = parse_extent(text)
+    return (extent, extent) if isinstance(extent, int) else extent
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """Return the finite numbers of ``0.485,0.456,0.406``."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; write 0.5 or 0.485,0.456,0.406")
+    return numbers
+
+
+def parse_scale(text: str) -> float:
+    """Return the number in ``0.0039`` or the quotient in ``1/255``."""
+    try:
+        above, slash, below = text.partition("/")
+        scale = float(above) / (float(below) if slash else 1.0)
+    except (ValueError, ZeroDivisionError):
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a factor; write 1/255 or 0.0039")
+    return scale
+
+
+# ------------------------------------------------------------------------------------------------------- parsers
+# A flag that sets a field of Config or Preprocess has that field's name as its dest and None as its default.
+
+
+def _new_parser(prog: str, description: str, **more: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **more,
+    )
+
+
+def _compress_parser() -> argparse.ArgumentParser:
+    parser = _new_parser(
+        "onnx-lrs",
+        "Make an .onnx file smaller: low-rank + structured sparse weights, fitted to the activations.",
+        usage=USAGE,
+        epilog=EPILOG,
+    )
+    parser.add_argument("model", metavar="MODEL", help="the .onnx file to compress")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write (required)")
+    _add_budget(parser, "half of the parameters: --params 0.5")
+    data = parser.add_argument_group("calibration data")
+    source = data.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="PATH", help="a folder of images, or an .npy or .npz file")
+    source.add_argument("--random-data", action="store_true", default=None, help="fit on random inputs (worse)")
+    data.add_argument("--labels", metavar="PATH|folders", help="true classes; 'folders': one subfolder of DATA a class")
+    _add_shape(data)
+    _add_image_flags(parser)
+    _add_fit(parser)
+    _add_output(parser)
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("onnx-lrs inspect", "Show what a model holds and which layers can be compressed.")
+    parser.add_argument("model", metavar="MODEL", help="the .onnx file to look at; it is not changed")
+    _add_shape(parser)
+    _add_output(parser)
+    return parser
+
+
+def _demo_parser() -> argparse.ArgumentParser:
+    parser = _new_parser("onnx-lrs demo", "Compress the LeNet-5 that comes with onnx-lrs, digits and labels included.")
+    parser.add_argument("-o", "--output", metavar="OUT", help="also write the small model here")
+    parser.set_defaults(default_budget=DEMO_BUDGET)
+    _add_budget(parser, f"--params {DEMO_BUDGET.fraction}")
+    _add_fit(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_budget(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("budget", f"What may remain of the original, in (0, 1]. Default: {default}")
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument("--params", type=float, metavar="F", help="at most this fraction of the parameters")
+    budget.add_argument("--macs", type=float, metavar="F", help="at most this fraction of the multiply-accumulates")
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    default = Config()
+    fit = parser.add_argument_group("fitting")
+    fit.add_argument("--method", metavar="NAME", help="lrs (default), svd, hsvd, channels, magnitude")
+    fit.add_argument(
+        "--multiple", type=int, metavar="N", help=f"ranks and kept channels are multiples of N ({default.multiple})"
+    )
+    fit.add_argument(
+        "--exclude", nargs="+", action="extend", metavar="PATTERN", help="layers to leave dense: '*head*' (quote it)"
+    )
+    fit.add_argument(
+        "--holdout", type=float, metavar="F", help=f"share of the samples that only judges ({default.holdout})"
+    )
+    fit.add_argument("--columns", type=int, metavar="N", help=f"sampled positions a layer ({default.columns})")
+    fit.add_argument("--seed", type=int, metavar="N", help=f"same seed, same file ({default.seed})")
+    fit.add_argument(
+        "--memory",
+        dest="memory_bytes",
+        type=parse_size,
+        metavar="SIZE",
+        help=f"working memory besides the model, 1500MB or 2GiB ({default.memory_bytes // GIB}GiB)",
+    )
+    fit.add_argument("--batch", type=int, metavar="N", help=f"most samples in one inference call ({default.batch})")
+    fit.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
+
+
+def _add_image_flags(parser: argparse.ArgumentParser) -> None:
+    images = parser.add_argument_group(
+        "images",
+        "A pixel p in 0..255 becomes (p * scale - mean) / std after resize and centre crop. Default: 0..1 at the\n"
+        "model's input size. Single flags override the preset. Write --mean=-1,0,0 if the first number is negative.",
+    )
+    images.add_argument("--preset", metavar="NAME", help="imagenet, caffe or raw")
+    images.add_argument("--resize", type=parse_extent, metavar="N|HxW", help="short side in pixels, or both sides")
+    images.add_argument("--crop", type=parse_crop, metavar="N|HxW", help="centre crop")
+    images.add_argument("--mean", type=parse_numbers, metavar="a,b,c", help="one value, or one a channel")
+    images.add_argument("--std", type=parse_numbers, metavar="a,b,c", help="one value, or one a channel")
+    images.add_argument("--scale", type=parse_scale, metavar="X", help="factor on the pixel value, 1/255 allowed")
+    images.add_argument("--layout", type=str.upper, metavar="NAME", help="NCHW or NHWC (default: the model's)")
+    images.add_argument("--channels", type=str.upper, metavar="NAME", help="RGB, BGR or GRAY (default: the model's)")
+
+
+def _add_shape(container: argparse._ActionsContainer) -> None:
+    container.add_argument(
+        "--shape",
+        dest="shapes",
+        type=parse_shape,
+        nargs="+",
+        action="extend",
+        metavar="NAME:1,3,224,224",
+        help="sizes of an input with dynamic dimensions",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", metavar="FILE|-", help="write the report as JSON; '-' is stdout")
+    loudness = output.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    loudness.add_argument("-v", "--verbose", action="store_true", help="every layer, and why a layer was left")
+    output.add_argument("--version", action="version", version=f"onnx-lrs {__version__}")
+
+
+PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
+    "compress": _compress_parser,
+    "inspect": _inspect_parser,
+    "demo": _demo_parser,
+}
+
+
+# ------------------------------------------------------------------------------------------------ argv -> Config
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line; ``command`` holds the command's name.
+
+    Raises
+    ------
+    SystemExit
+        With code 2 and argparse's message on stderr, or 0 after --help and --version.
+    """
+    named = bool(argv) and argv[0] in PARSERS
+    command, rest = (argv[0], argv[1:]) if named else ("compress", argv)
+    return PARSERS[command]().parse_args(rest, argparse.Namespace(command=command))
+
+
+def config_from(args: argparse.Namespace) -> Config:
+    """Return the settings that the flags ask for; what no flag sets keeps its default.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    chosen = {field.name: given[field.name] for field in dataclasses.fields(Config) if field.name in given}
+    if "params" in given or "macs" in given:
+        chosen["budget"] = Budget(params=given.get("params"), macs=given.get("macs"))
+    elif "default_budget" in given:
+        chosen["budget"] = given["default_budget"]
+    if "exclude" in given:
+        chosen["exclude"] = tuple(given["exclude"])
+    if "shapes" in given:
+        chosen["shapes"] = _shapes(given["shapes"])
+    return Config(**chosen, preprocess=_preprocess(given))
+
+
+def _shapes(pairs: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in pairs:
+        if shapes.setdefault(name, shape) != shape:
+            raise ConfigError(f"--shape gives input {name!r} two shapes: {shapes[name]} and {shape}.", "Keep one.")
+    return shapes
+
+
+def _preprocess(given: Mapping[str, Any]) -> Preprocess | None:
+    names = {field.name for field in dataclasses.fields(Preprocess)} & given.keys()
+    if not names:
+        return None
+    base = Preprocess.from_preset(given["preset"]) if "preset" in given else Preprocess()
+    return dataclasses.replace(base, **{name: given[name] for name in names})
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse before the work starts what could only fail, or destroy a file, after it."""
+    given = vars(args)
+    if args.command == "compress" and not given["output"]:
+        raise ConfigError("No output file was named.", f"Add one: onnx-lrs {args.model} -o small.onnx")
+    if given.get("labels") and not given["data"]:
+        raise ConfigError("--labels was given without --data.", "Labels belong to samples: add --data PATH.")
+    if args.json in (None, STDOUT):
+        return
+    report = Path(args.json)
+    for name in ("model", "output", "data", "labels"):
+        if given.get(name) and report.resolve() == Path(given[name]).resolve():
+            raise ConfigError(f"--json {args.json} would overwrite the {name} file.", "Give the report its own name.")
+    if report.is_dir() or not report.parent.is_dir():
+        raise OutputError(
+            f"The report cannot be written to {args.json}: {'it' if report.is_dir() else report.parent} is "
+            f"{'a folder' if report.is_dir() else 'not a folder'}.",
+            "Name a file in a folder that exists.",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- runs
+
+
+def _compress(args: argparse.Namespace, config: Config, progress: Progress) -> Result:
+    from onnx_lrs.api import compress
+
+    return compress(args.model, args.output, data=args.data, labels=args.labels, config=config, progress=progress)
+
+
+def _inspect(args: argparse.Namespace, config: Config, progress: Progress) -> Inspection:
+    from onnx_lrs.api import inspect
+
+    return inspect(args.model, config=config)
+
+
+def _demo(args: argparse.Namespace, config: Config, progress: Progress) -> Result:
+    from onnx_lrs import demo
+
+    return demo.run(Path(args.output) if args.output else None, config, progress)
+
+
+COMMANDS: Mapping[str, Command] = {"compress": _compress, "inspect": _inspect, "demo": _demo}
+
+
+def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] = COMMANDS) -> int:
+    """Run the command line and return the exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments without the program's name; ``sys.argv[1:]`` by default.
+    commands : mapping of str to callable
+        What each command calls.
+
+    Returns
+    -------
+    int
+        The exit code; :mod:`onnx_lrs.errors` lists them.
+
+    Raises
+    ------
+    SystemExit
+        From argparse: 2 for a bad command line, 0 for --help and --version.
+    """
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(args, commands[args.command])
+    except OnnxLrsError as error:
+        _say(f"error: {error.message}")
+        if error.remedy:
+            _say(error.remedy)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was written")
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace, command: Command) -> int:
+    from onnx_lrs.report.console import ConsoleProgress
+
+    _check_files(args)
+    config = config_from(args)
+    with ConsoleProgress(quiet=args.quiet) as progress:
+        report = command(args, config, progress)
+    try:
+        _publish(report, args)
+    except KeyboardInterrupt:
+        written = report.output if isinstance(report, Result) else None
+        _say(f"interrupted; {written} was already written" if written else "interrupted; nothing was written")
+        return INTERRUPTED
+    return 0
+
+
+def _publish(report: Result | Inspection, args: argparse.Namespace) -> None:
+    from onnx_lrs.report import console
+
+    if not args.quiet and isinstance(report, Result):
+        console.print_result(report, args.verbose)
+    elif not args.quiet and isinstance(report, Inspection):
+        console.print_inspection(report, args.verbose)
+    if args.json == STDOUT:
+        _print_json(report.to_json())
+    elif args.json is not None:
+        write_text(Path(args.json), report.to_json() + "\n")
+
+
+def _print_json(text: str) -> None:
+    try:
+        _write_line(text, sys.stdout)
+    except OSError as error:
+        raise OutputError(
+            f"The report could not be written to stdout: {error.strerror or error}.", "Check where it is redirected to."
+        ) from error
+
+
+def _say(text: str) -> None:
+    _write_line(text, sys.stderr)
+
+
+def _write_line(text: str, stream: IO[str]) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        from onnx_lrs.report.console import discard
+
+        discard(stream)  # or Python tries again at exit and complains
+        if not isinstance(error, BrokenPipeError):  # a reader (head, less) that has seen enough is no failure
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; a link is followed, a pipe or device is written to directly.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; what was there before is untouched.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        target = path.resolve()
+        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"The report could not be written to {path}: {error.strerror or error}.",
+            "Check the folder's permissions and free space; the model file is not affected.",
+        ) from error

@@ -1,0 +1,490 @@
+"""What a person sees: progress while a run works, then tables. All of it goes to stderr; stdout is for JSON.
+
+The text is made for pasting into an issue: at most 100 columns wide, no colours when stderr is no terminal, and a
+figure that is not known is a dash. Names come from the model file, so they are printed as they are, never as markup,
+and without control characters.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import IO, Any, Literal
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
+from rich.text import Text
+
+from onnx_lrs.report.result import Inspection, LayerInfo, LayerResult, OutputQuality, Result
+
+REPORT_WIDTH = 100
+SUMMARY_LAYERS = 8
+SUMMARY_REASONS = 8
+INSPECTED_LAYERS = 20
+UNKNOWN = "-"
+
+
+# ---------------------------------------------------------------------------------------------------- consoles
+
+
+def discard(stream: IO[str]) -> None:
+    """Send what is still written to ``stream`` nowhere: its reader has gone (``| head``)."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
+
+
+class _StderrConsole(Console):
+    """A console whose closed reader does not end the run: the file matters more than the words about it."""
+
+    def on_broken_pipe(self) -> None:
+        """Fall silent and go on."""
+        self.quiet = True
+        discard(sys.stderr)
+
+
+def stderr_console() -> Console:
+    """Return the console of a command line run: stderr, 100 columns wide where nothing says otherwise."""
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else REPORT_WIDTH
+    return _StderrConsole(stderr=True, width=width, markup=False, emoji=False, highlight=False)
+
+
+# ---------------------------------------------------------------------------------------------------- progress
+
+
+@dataclasses.dataclass
+class _Stage:
+    name: str
+    steps: int
+    began: float
+    task: TaskID | None
+    done: int = 0
+
+
+class ConsoleProgress:
+    """Progress on stderr: bars on a terminal, otherwise one plain line when a stage ends.
+
+    Use it as a context manager; leaving it ends the last stage and gives the terminal back, whatever happened.
+
+    Parameters
+    ----------
+    console : rich.console.Console, optional
+        Where to draw; stderr by default.
+    quiet : bool
+        Say nothing at all.
+    """
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self._console = console or stderr_console()
+        self._quiet = quiet
+        # FORCE_COLOR makes rich call a log file a terminal; bars in a log file are unreadable, so ask the file too.
+        drawn = not quiet and self._console.is_interactive and self._console.file.isatty()
+        self._bars = _bars(self._console) if drawn else None
+        self._stage: _Stage | None = None
+
+    def __enter__(self) -> ConsoleProgress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._end(stopped=kind is not None)
+        finally:
+            if self._bars is not None:
+                self._bars.stop()
+
+    def stage(self, name: str, steps: int) -> None:
+        """Begin the stage ``name`` of ``steps`` steps; the one before is over."""
+        self._end(stopped=False)
+        task = None
+        if self._bars is not None:
+            task = self._bars.add_task(_printable(name), total=steps or None, label="")
+        self._stage = _Stage(name, steps, time.perf_counter(), task)
+
+    def step(self, label: str) -> None:
+        """One step of the current stage is done; ``label`` names it (a layer, a batch)."""
+        if self._stage is None:
+            return
+        self._stage.done += 1
+        if self._bars is not None and self._stage.task is not None:
+            self._bars.update(self._stage.task, advance=1, label=_printable(label))
+
+    def note(self, text: str) -> None:
+        """Say one plain sentence to the user, on its own line."""
+        self._line(text)
+
+    def _end(self, *, stopped: bool) -> None:
+        stage, self._stage = self._stage, None
+        if stage is None:
+            return
+        if self._bars is None:
+            self._line(_stage_line(stage, time.perf_counter() - stage.began, stopped))
+        elif stage.task is not None:
+            if not stopped:
+                full = max(stage.done, 1)
+                self._bars.update(stage.task, total=full, completed=full, label="")
+            self._bars.stop_task(stage.task)
+
+    def _line(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(_text(text), soft_wrap=True)
+
+
+def _bars(console: Console) -> Bars:
+    return Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[label]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=console,
+        refresh_per_second=4,  # latency is measured while this thread draws
+        redirect_stdout=False,
+    )
+
+
+def _stage_line(stage: _Stage, seconds: float, stopped: bool) -> str:
+    if stopped:
+        return f"{stage.name}: stopped after {stage.done} of {stage.steps} steps, {_seconds(seconds)}"
+    steps = f"{stage.done} step{'' if stage.done == 1 else 's'}, " if stage.done else ""
+    return f"{stage.name}: {steps}{_seconds(seconds)}"
+
+
+# ------------------------------------------------------------------------------------------------------ result
+
+
+def print_result(result: Result, verbose: bool = False, *, console: Console | None = None) -> None:
+    """Print what a run did: sizes before and after, quality, layers, skipped layers, notes, the file.
+
+    Parameters
+    ----------
+    result : Result
+        The record of the run.
+    verbose : bool
+        List every layer and every skipped layer with its reason instead of a summary.
+    console : rich.console.Console, optional
+        Where to print; stderr by default.
+    """
+    blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result), "", *_quality(result.quality)]
+    blocks += ["", *_layers(result, verbose)]
+    blocks += _skipped_all(result) if verbose else _skipped_summary(result)
+    blocks += ["", *_notes(result.notes), _effort_line(result, verbose)]
+    console = console or stderr_console()
+    _print(blocks, console)
+    written = "Nothing was written: no output file was named." if result.output is None else f"Wrote {result.output}"
+    console.print(_text(written), soft_wrap=True)  # a path in one piece can be copied
+
+
+def _sizes(result: Result) -> Table:
+    before, after, ratio = result.before, result.after, result.ratio
+    table = _table("", ">Before", ">After", "Change")
+    table.add_row("Parameters", _count(before.params), _count(after.params), _change(ratio.params, "smaller", "larger"))
+    table.add_row("MACs", _count(before.macs), _count(after.macs), _change(ratio.macs, "fewer", "more"))
+    size = _change(ratio.file_bytes, "smaller", "larger")
+    table.add_row("File size", _bytes(before.file_bytes), _bytes(after.file_bytes), size)
+    speed = "not measured"
+    if before.latency_ms is not None and after.latency_ms is not None:
+        speed = _change(ratio.latency_ms, "faster", "slower")
+    table.add_row("Latency", _milliseconds(before.latency_ms), _milliseconds(after.latency_ms), speed)
+    return table
+
+
+def _latency_line(result: Result) -> list[Text]:
+    if result.after.latency_ms is None:
+        return []
+    threads, provider = result.settings.get("threads"), result.environment.get("provider")
+    words = ["Latency is the median"]
+    if threads is not None:
+        words.append(f"{threads} thread{'' if threads == 1 else 's'}")
+    if provider is not None:
+        words.append(str(provider))
+    return [_text(", ".join(words) + ".")]
+
+
+def _quality(quality: tuple[OutputQuality, ...] | None) -> list[RenderableType]:
+    if not quality:
+        return [_text("Quality: not measured (no calibration data).")]
+    columns: dict[str, list[str]] = {
+        "Output": [q.name for q in quality],
+        ">Relative error": [_percent(q.relative_l2) for q in quality],
+        ">Cosine": [_number(q.cosine, 5) for q in quality],
+        ">Top-1 same": [_percent(q.top1_agreement) for q in quality],
+        ">Top-5 same": [_percent(q.top5_agreement) for q in quality],
+        "Accuracy": [_accuracy(q) for q in quality],
+        ">Samples": [str(q.samples) for q in quality],
+    }
+    known = {title: cells for title, cells in columns.items() if any(cell != UNKNOWN for cell in cells)}
+    table = _table(*known, title="Quality on held-out samples, against the original model")
+    for row in zip(*known.values(), strict=True):
+        table.add_row(*map(_text, row))
+    return [table]
+
+
+def _accuracy(quality: OutputQuality) -> str:
+    if quality.accuracy_before is None or quality.accuracy_after is None:
+        return UNKNOWN
+    return f"{_percent(quality.accuracy_before)} -> {_percent(quality.accuracy_after)}"
+
+
+def _layers(result: Result, verbose: bool) -> list[RenderableType]:
+    if not result.layers:
+        return [_text("No layer was compressed.")]
+    kind = _budget_kind(result.settings)
+    layers: Sequence[LayerResult] = result.layers
+    title = f"Compressible layers ({len(layers)})"
+    if not verbose and len(layers) > SUMMARY_LAYERS:
+        layers = sorted(layers, key=lambda layer: _cost(layer, kind)[1], reverse=True)[:SUMMARY_LAYERS]
+        unit = "MACs" if kind == "macs" else "parameters"
+        title = f"The {len(layers)} of {len(result.layers)} compressible layers with the most {unit} left (-v: all)"
+    table = _table("Layer", "Weight", "Form", ">MACs" if kind == "macs" else ">Parameters", ">Error", title=title)
+    for layer in layers:
+        before, after = _cost(layer, kind)
+        size = f"{_count(before)} -> {_count(after)}"
+        table.add_row(
+            _text(layer.name), _weight(layer.op, layer.shape), _form(layer), Text(size), Text(_percent(layer.error))
+        )
+    return [table]
+
+
+def _budget_kind(settings: dict[str, Any]) -> Literal["params", "macs"]:
+    """Return the unit the run was asked to save; the layer table is sorted by it."""
+    budget = settings.get("budget")
+    return "macs" if isinstance(budget, dict) and budget.get("macs") is not None else "params"
+
+
+def _cost(layer: LayerResult, kind: Literal["params", "macs"]) -> tuple[int, int]:
+    if kind == "macs":
+        return layer.macs_before, layer.macs_after
+    return layer.params_before, layer.params_after
+
+
+def _weight(op: str, shape: tuple[int, ...]) -> Text:
+    return _text(f"{op} {'x'.join(map(str, shape))}".rstrip())
+
+
+def _form(layer: LayerResult) -> Text:
+    """Return the form with its figures: ``low-rank 64 + channels 120/512``."""
+    figures = {
+        "low-rank": f" {layer.rank}",
+        "spatial": f" {layer.rank}",
+        "channels": f" {layer.kept_channels}/{layer.channels}",
+        "dense": "",
+    }
+    form = " + ".join(part + figures.get(part, "") for part in layer.form.split(" + "))
+    if layer.kept_outputs != layer.outputs:
+        form += f", outputs {layer.kept_outputs}/{layer.outputs}"
+    return _text(form)
+
+
+def _skipped_summary(result: Result) -> list[RenderableType]:
+    if not result.skipped:
+        return []
+    layers: collections.Counter[str] = collections.Counter(layer.reason for layer in result.skipped)
+    params: collections.Counter[str] = collections.Counter()
+    for layer in result.skipped:
+        params[layer.reason] += layer.params
+    table = _table(">Layers", ">Parameters", "Reason", title=f"Left as they were ({len(result.skipped)}; -v: all)")
+    for reason, count in layers.most_common(SUMMARY_REASONS):
+        table.add_row(str(count), _count(params[reason]), _text(reason))
+    rest = len(layers) - SUMMARY_REASONS
+    if rest > 0:
+        table.add_row("", "", f"and {rest} more reason{'' if rest == 1 else 's'}")
+    return ["", table]
+
+
+def _skipped_all(result: Result) -> list[RenderableType]:
+    if not result.skipped:
+        return []
+    table = _table("Layer", "Op", ">Parameters", "Reason", title=f"Left as they were ({len(result.skipped)})")
+    for layer in result.skipped:
+        table.add_row(_text(layer.name), _text(layer.op), _count(layer.params), _text(layer.reason))
+    return ["", table]
+
+
+def _notes(notes: Iterable[str]) -> list[RenderableType]:
+    return [_text(f"Note: {note}") for note in notes]
+
+
+def _effort_line(result: Result, verbose: bool) -> Text:
+    total = result.seconds.get("total", sum(result.seconds.values()))
+    line = f"Took {_seconds(total)}"
+    if verbose and len(result.seconds) > 1:
+        parts = [f"{name} {_seconds(value)}" for name, value in result.seconds.items() if name != "total"]
+        line += f" ({', '.join(parts)})"
+    if result.peak_memory_bytes > 0:
+        line += f", peak memory {_bytes(result.peak_memory_bytes)}"
+    return _text(line + ".")
+
+
+# -------------------------------------------------------------------------------------------------- inspection
+
+
+def print_inspection(inspection: Inspection, verbose: bool = False, *, console: Console | None = None) -> None:
+    """Print what a model holds and which of its layers can be compressed.
+
+    Parameters
+    ----------
+    inspection : Inspection
+        The record of the look.
+    verbose : bool
+        List every layer in the model's order instead of the 20 largest.
+    console : rich.console.Console, optional
+        Where to print; stderr by default.
+    """
+    blocks: list[RenderableType] = [_model_facts(inspection), "", *_inspected_layers(inspection, verbose)]
+    blocks += [_eligible_line(inspection.layers), *_notes(inspection.notes)]
+    _print(blocks, console or stderr_console())
+
+
+def _model_facts(inspection: Inspection) -> Table:
+    totals = inspection.totals
+    facts = [
+        ("Model", inspection.input or "(in memory)"),
+        ("Format", f"opset {inspection.opset}, IR version {inspection.ir_version}"),
+        ("Producer", inspection.producer or UNKNOWN),
+        *(("Input", text) for text in inspection.inputs),
+        *(("Output", text) for text in inspection.outputs),
+        ("Parameters", _count(totals.params)),
+        ("MACs", _count(totals.macs)),
+        ("File size", _bytes(totals.file_bytes)),
+    ]
+    if totals.latency_ms is not None:
+        facts.append(("Latency", _milliseconds(totals.latency_ms)))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    for name, value in facts:
+        table.add_row(name, _text(value))
+    return table
+
+
+def _inspected_layers(inspection: Inspection, verbose: bool) -> list[RenderableType]:
+    layers: Sequence[LayerInfo] = inspection.layers
+    if not layers:
+        return []
+    title = f"Layers ({len(layers)})"
+    if not verbose and len(layers) > INSPECTED_LAYERS:
+        layers = sorted(layers, key=lambda layer: layer.params, reverse=True)[:INSPECTED_LAYERS]
+        title = f"The {len(layers)} largest of {len(inspection.layers)} layers (-v: all)"
+    table = _table("Layer", "Weight", ">Parameters", ">MACs", "Compressible", title=title)
+    for layer in layers:
+        answer = "yes" if layer.eligible else f"no: {layer.reason or 'no reason given'}"
+        weight = _weight(layer.op, layer.shape)
+        table.add_row(_text(layer.name), weight, _count(layer.params), _count(layer.macs), _text(answer))
+    return [table, ""]
+
+
+def _eligible_line(layers: Sequence[LayerInfo]) -> Text:
+    eligible = [layer for layer in layers if layer.eligible]
+    line = f"{len(eligible)} of {len(layers)} layers can be compressed"
+    params, macs = sum(layer.params for layer in layers), sum(layer.macs for layer in layers)
+    if params and macs:
+        share_params = _percent(sum(layer.params for layer in eligible) / params)
+        share_macs = _percent(sum(layer.macs for layer in eligible) / macs)
+        line += f"; they hold {share_params} of these layers' parameters and {share_macs} of their MACs"
+    return _text(line + ".")
+
+
+# ------------------------------------------------------------------------------------------- figures and words
+
+
+def _print(blocks: Iterable[RenderableType], console: Console) -> None:
+    for block in blocks:
+        console.print(block, width=min(console.width, REPORT_WIDTH))
+
+
+def _table(*headers: str, title: str = "") -> Table:
+    """Return an empty table; a header that starts with ``>`` belongs to a column of figures, kept on one line."""
+    columns = [
+        Column(header.removeprefix(">"), justify="right", no_wrap=True)
+        if header.startswith(">")
+        else Column(header, overflow="fold")
+        for header in headers
+    ]
+    return Table(
+        *columns,
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _text(text: str) -> Text:
+    return Text(_printable(text))
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Return ``value`` with three digits and a decimal prefix: 431 k, 15.2 M, 1.23 G."""
+    if value < 1000:
+        return f"{value:.0f} {unit}".rstrip()
+    for prefix in "kMG":
+        value /= 1000
+        if value < 999.5:
+            return f"{_three_digits(value)} {prefix}{unit}"
+    return f"{_three_digits(value / 1000)} T{unit}"
+
+
+def _three_digits(value: float) -> str:
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _count(value: int) -> str:
+    return _scaled(value, "")
+
+
+def _bytes(value: int) -> str:
+    return _scaled(value, "B")
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None or not _known(value):
+        return UNKNOWN
+    return f"{_three_digits(value)} ms" if value >= 1 else f"{value:.3f} ms"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 120 else f"{int(value) // 60} min {int(value) % 60} s"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if _known(value) else UNKNOWN
+
+
+def _percent(value: float | None) -> str:
+    if value is None or not _known(value):
+        return UNKNOWN
+    return "<0.01 %" if 0 < value < 0.0001 else f"{100 * value:.2f} %"
+
+
+def _change(ratio: float | None, better: str, worse: str) -> str:
+    """Return before / after in words: ``2.00x smaller``, ``1.05x slower``, ``same``."""
+    if ratio is None or not _known(ratio) or ratio <= 0:
+        return UNKNOWN
+    factor = max(ratio, 1 / ratio)
+    if factor < 1.005:
+        return "same"
+    return f"{factor:.2f}x {better if ratio > 1 else worse}"
