@@ -1,0 +1,64 @@
+r"""Exact rewrites that come first: BatchNormalization into the Conv before it.
+
+With ``g = scale / sqrt(var + eps)`` the pair computes ``g (W x + b - mean) + beta = (g W) x + (g (b - mean) + beta)``.
+A BatchNormalization behind anything else (Conv + Relu, for example) is left alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnx_lrs.graph.model import View, is_standard
+from onnx_lrs.graph.splice import Edit, Names, splice
+
+
+def fold_batch_norm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """Return the model with every foldable BatchNormalization merged into its Conv, and how many there were."""
+    view, names = View(model), Names(model)
+    nodes: dict[str, list[gs.Node]] = {}
+    for conv in view.nodes:
+        norm = _foldable(view, conv)
+        if norm is not None:
+            nodes[conv.outputs[0].name] = [_merged(view, names, conv, norm)]
+            nodes[norm.outputs[0].name] = []
+    return splice(model, Edit(nodes)), len(nodes) // 2
+
+
+def _merged(view: View, names: Names, conv: gs.Node, norm: gs.Node) -> gs.Node:
+    weight, bias = _folded(view, conv, norm)
+    operands = [
+        gs.Variable(conv.inputs[0].name),
+        gs.Constant(names.fresh(f"{conv.inputs[1].name}_folded"), weight),
+        gs.Constant(names.fresh(f"{conv.outputs[0].name}_bias"), bias),
+    ]
+    return gs.Node("Conv", conv.name, conv.attrs, operands, [gs.Variable(norm.outputs[0].name)], domain=conv.domain)
+
+
+def _foldable(view: View, conv: gs.Node) -> gs.Node | None:
+    """Return the BatchNormalization that can be merged into a Conv, or None."""
+    if conv.op != "Conv" or not is_standard(conv.domain):
+        return None
+    norm = view.sole_reader(conv.outputs[0].name)
+    if norm is None or norm.op != "BatchNormalization" or not is_standard(norm.domain):
+        return None
+    trains = norm.attrs.get("training_mode", 0) or any(t.name for t in norm.outputs[1:])
+    per_channel = norm.attrs.get("spatial", 1)
+    constants = [t.name for t in (*conv.inputs[1:], *norm.inputs[1:]) if t.name]
+    if trains or not per_channel or not all(view.is_constant(name) for name in constants):
+        return None
+    if any(view.constant(name).dtype != np.float32 for name in constants):
+        return None
+    return norm
+
+
+def _folded(view: View, conv: gs.Node, norm: gs.Node) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    scale, beta, mean, var = (view.constant(t.name).astype(np.float64) for t in norm.inputs[1:5])
+    gain = scale / np.sqrt(var + norm.attrs.get("epsilon", 1e-5))
+    weight = view.constant(conv.inputs[1].name).astype(np.float64)
+    has_bias = len(conv.inputs) > 2 and conv.inputs[2].name
+    bias = view.constant(conv.inputs[2].name).astype(np.float64) if has_bias else np.zeros_like(mean)
+    shaped = gain.reshape(-1, *[1] * (weight.ndim - 1))
+    return (weight * shaped).astype(np.float32), ((bias - mean) * gain + beta).astype(np.float32)

@@ -1,0 +1,164 @@
+"""Replace nodes of a ModelProto and leave every other byte of it alone.
+
+New nodes are built with onnx-graphsurgeon and exported one by one; the model around them is never exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from onnx_lrs.graph.model import array_tensor, is_standard
+
+CONSTANT_OPS = ("Constant", "Identity", "Transpose")
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """What to change, keyed by the first output of the node concerned.
+
+    ``nodes`` gives the nodes that take the place of one, ``inputs`` a new input name for an operand ``(node, position)``,
+    ``outputs`` a new name for a node's first output, ``reshaped`` the tensors whose shape changes.
+    """
+
+    nodes: Mapping[str, Sequence[gs.Node]] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[tuple[str, int], str] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    reshaped: frozenset[str] = frozenset()
+
+
+class Names:
+    """Fresh names for tensors and nodes that do not clash with the model's, in its subgraphs included."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._taken = set(_all_names(model.graph))
+
+    def fresh(self, wish: str) -> str:
+        """Return ``wish``, with a number behind it if it is taken."""
+        name, number = wish, 1
+        while name in self._taken:
+            name, number = f"{wish}_{number}", number + 1
+        self._taken.add(name)
+        return name
+
+
+def _all_names(graph: onnx.GraphProto) -> Iterable[str]:
+    yield from (t.name for t in graph.initializer)
+    yield from (t.values.name for t in graph.sparse_initializer)
+    yield from (v.name for v in (*graph.input, *graph.output, *graph.value_info))
+    for node in graph.node:
+        yield from (node.name, *node.input, *node.output)
+        for sub in _subgraphs(node):
+            yield from _all_names(sub)
+
+
+def _subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def splice(model: onnx.ModelProto, edit: Edit) -> onnx.ModelProto:
+    """Return a copy of the model with the edit applied and what became unused by it removed."""
+    nodes: list[onnx.NodeProto] = []
+    created: dict[str, NDArray[Any]] = dict(edit.constants)
+    for node in model.graph.node:
+        key = node.output[0] if node.output else ""
+        if key in edit.nodes:
+            for made in edit.nodes[key]:
+                nodes.append(OnnxExporter.export_node(made))
+                created |= {t.name: t.values for t in made.inputs if isinstance(t, gs.Constant)}
+        else:
+            nodes.append(_renamed(node, key, edit))
+    needed_before = _needed(model.graph, model.graph.node)
+    nodes = _without_dead_constants(model.graph, nodes, needed_before)
+    return _rebuilt(model, nodes, created, needed_before, edit.reshaped)
+
+
+def _renamed(node: onnx.NodeProto, key: str, edit: Edit) -> onnx.NodeProto:
+    changes = {i: edit.inputs[key, i] for i in range(len(node.input)) if (key, i) in edit.inputs}
+    if not changes and key not in edit.outputs:
+        return node
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    for position, name in changes.items():
+        copy.input[position] = name
+    if key in edit.outputs:
+        copy.output[0] = edit.outputs[key]
+    return copy
+
+
+def _needed(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Return every tensor name read by the nodes, their subgraphs or the graph's outputs."""
+    names = {v.name for v in graph.output}
+    for node in nodes:
+        names.update(node.input)
+        for sub in _subgraphs(node):
+            names |= _needed(sub, sub.node)
+    return names
+
+
+def _without_dead_constants(
+    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], needed_before: set[str]
+) -> list[onnx.NodeProto]:
+    """Drop Constant, Identity and Transpose nodes that fed only what was replaced."""
+    while True:
+        needed = _needed(graph, nodes)
+        kept = [n for n in nodes if not _newly_dead(n, needed, needed_before)]
+        if len(kept) == len(nodes):
+            return nodes
+        nodes = kept
+
+
+def _newly_dead(node: onnx.NodeProto, needed: set[str], needed_before: set[str]) -> bool:
+    if node.op_type not in CONSTANT_OPS or not is_standard(node.domain):
+        return False
+    return node.output[0] in needed_before and node.output[0] not in needed
+
+
+def _rebuilt(
+    model: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    created: Mapping[str, NDArray[Any]],
+    needed_before: set[str],
+    reshaped: frozenset[str],
+) -> onnx.ModelProto:
+    needed = _needed(model.graph, nodes)
+    new = _shell(model, {"graph"})
+    new.graph.CopyFrom(_shell(model.graph, {"node", "initializer", "value_info"}))
+    new.graph.node.extend(nodes)
+    gone = {t.name for t in model.graph.initializer if t.name in needed_before and t.name not in needed}
+    for tensor in model.graph.initializer:
+        if tensor.name in created:
+            new.graph.initializer.append(array_tensor(created[tensor.name], tensor.name))
+        elif tensor.name not in gone:
+            new.graph.initializer.append(tensor)
+    known = {t.name for t in model.graph.initializer}
+    new.graph.initializer.extend(array_tensor(v, k) for k, v in created.items() if k not in known and k in needed)
+    alive = {name for node in nodes for name in node.output} | {t.name for t in new.graph.initializer}
+    alive |= {v.name for v in model.graph.input}
+    new.graph.value_info.extend(v for v in model.graph.value_info if v.name in alive and v.name not in reshaped)
+    return new
+
+
+def _shell(message: Any, skip: set[str]) -> Any:
+    """Return a copy of a protobuf message without some fields; big fields are never copied only to be dropped."""
+    copy = type(message)()
+    for field, value in message.ListFields():
+        if field.name in skip:
+            continue
+        if hasattr(value, "CopyFrom"):
+            getattr(copy, field.name).CopyFrom(value)
+        elif hasattr(value, "MergeFrom"):
+            getattr(copy, field.name).MergeFrom(value)
+        else:
+            setattr(copy, field.name, value)
+    return copy
