@@ -17,11 +17,6 @@ DIGITS = ROOT / "models" / "digits.npz"
 PARAMETERS = 431_080
 MIN_ACCURACY = 0.988
 
-needs_digits = pytest.mark.skipif(
-    not DIGITS.is_file(), reason="models/digits.npz is not there; models/README.md says how to make it"
-)
-
-
 @pytest.fixture(scope="module")
 def model() -> onnx.ModelProto:
     return onnx.load(LENET)
@@ -117,7 +112,6 @@ def test_the_tool_refuses_a_draw_with_a_shared_image(make_lenet):
         make_lenet.draw_digits(same, same, seed=0)
 
 
-@needs_digits
 @pytest.mark.parametrize("part", ["calibration", "test"])
 def test_digits_are_balanced_uint8_images(digits, part):
     images, labels = digits[part], digits[f"{part}_labels"]
@@ -126,13 +120,11 @@ def test_digits_are_balanced_uint8_images(digits, part):
     np.testing.assert_array_equal(np.bincount(labels), np.full(10, 100))
 
 
-@needs_digits
 def test_no_image_is_in_both_parts(digits):
     calibration = {image.tobytes() for image in digits["calibration"]}
     assert calibration.isdisjoint(image.tobytes() for image in digits["test"])
 
 
-@needs_digits
 def test_accuracy_on_the_test_digits(digits):
     correct = logits(digits["test"]).argmax(axis=1) == digits["test_labels"]
     assert correct.mean() >= MIN_ACCURACY
