@@ -1,0 +1,209 @@
+"""Put the factors of all layers into the graph, and take out filters that nobody reads any more.
+
+A filter (output channel) of a producer is dead when every path from it ends in a layer that has dropped the channel. Then
+the row goes from the producer's weights, the readers' channel numbers are renumbered, and a reader that keeps all that is
+left needs no Gather.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnx_lrs.graph.forms import Site, build, feature_axis
+from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
+from onnx_lrs.graph.model import View, is_standard
+from onnx_lrs.graph.splice import Edit, Names, splice
+from onnx_lrs.solvers.problem import AnyFactors, Factors, SpatialFactors
+
+ELEMENTWISE = {
+    *("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "Softplus"),
+    *("Softsign", "ThresholdedRelu", "Gelu", "Mish", "Erf", "Identity", "Dropout", "Abs", "Neg", "Exp", "Sqrt"),
+}
+POOLS = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool"}
+Indices = NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """The new model, and for each layer (by node) that lost filters the ones it still has."""
+
+    model: onnx.ModelProto
+    kept_outputs: Mapping[str, Indices]
+
+
+def rewrite(
+    view: View, layers: Sequence[Layer], factors: Mapping[str, AnyFactors], ranks: Mapping[str, int]
+) -> Rewritten:
+    """Return the model with the given layers factorised.
+
+    Parameters
+    ----------
+    view : View
+        The model with exact rewrites already done.
+    layers : sequence of Layer
+        All layers found, also those left dense (a dense producer can lose filters).
+    factors : mapping of node to Factors or SpatialFactors
+        What replaces a layer; a layer that is missing stays as it is.
+    ranks : mapping of tensor name to int
+        Number of dimensions of each layer's input.
+    """
+    alive, reshaped = _alive_outputs(view, layers, factors)
+    nodes: dict[str, list[gs.Node]] = {}
+    names = Names(view.model)
+    readers_of = {layer.node: _producer_of(view, layer, alive) for layer in layers}
+    for layer in layers:
+        given = factors.get(layer.node)
+        if given is None and layer.node not in alive:
+            continue
+        used = given if given is not None else _as_dense(view, layer)
+        rows = alive.get(layer.node)
+        source = alive.get(readers_of[layer.node]) if readers_of[layer.node] else None
+        site = _site(view, names, layer, used, (rows, source), feature_axis(layer, ranks))
+        nodes[layer.node] = build(site, used if rows is None else _take_rows(used, rows))
+        if layer.bias_add is not None and site.bias is not None:
+            nodes[layer.bias_add] = [_new_add(view, layer, names, site.bias)]
+    return Rewritten(splice(view.model, Edit(nodes=nodes, reshaped=frozenset(reshaped))), alive)
+
+
+def _site(
+    view: View,
+    names: Names,
+    layer: Layer,
+    factors: AnyFactors,
+    kept: tuple[Indices | None, Indices | None],
+    axis: int,
+) -> Site:
+    rows, source = kept
+    passed = _passed_bias(view, layer)
+    bias = None if passed else _new_bias(view, layer, factors)
+    if bias is not None and rows is not None:
+        bias = bias[rows]
+    index = None
+    if isinstance(factors, Factors) and len(factors.kept):
+        available = np.arange(layer.channels) if source is None else source
+        index = np.searchsorted(available, factors.kept)
+        index = None if len(index) == len(available) else index
+    return Site(layer, names, view.opset, bias, passed, index, axis)
+
+
+def _new_bias(view: View, layer: Layer, factors: AnyFactors) -> NDArray[np.float64] | None:
+    old = bias_row(view, layer)
+    if not layer.affine or (old is None and not factors.bias_shift.any()):
+        return old
+    return factors.bias_shift if old is None else old + factors.bias_shift
+
+
+def _passed_bias(view: View, layer: Layer) -> str | None:
+    """Return the C of a Gemm that is no constant row: it goes into the last Gemm as it is."""
+    if layer.op != "Gemm" or layer.bias is not None:
+        return None
+    node = view.tensors[layer.node].inputs[0]
+    return node.inputs[2].name if len(node.inputs) > 2 and node.inputs[2].name else None
+
+
+def _new_add(view: View, layer: Layer, names: Names, bias: NDArray[np.float64]) -> gs.Node:
+    """Return the Add behind a MatMul with the new bias, its operands in the old order."""
+    assert layer.bias is not None
+    assert layer.bias_add is not None
+    add = view.tensors[layer.bias_add].inputs[0]
+    shape = view.constant(layer.bias).shape
+    value = gs.Constant(names.fresh(f"{layer.name}.bias"), bias.astype(np.float32).reshape(*shape[:-1], -1))
+    inputs = [value if t.name == layer.bias else gs.Variable(t.name) for t in add.inputs]
+    return gs.Node(add.op, add.name, add.attrs, inputs, [gs.Variable(layer.bias_add)], domain=add.domain)
+
+
+def _as_dense(view: View, layer: Layer) -> Factors:
+    """Return a dense layer as a sparse part that keeps every channel."""
+    empty = np.zeros((layer.out, 0)), np.zeros((0, layer.d))
+    everything = np.arange(layer.channels)
+    return Factors(*empty, everything, weight_matrix(view, layer), np.zeros(layer.out), layer.taps)
+
+
+def _take_rows(factors: AnyFactors, rows: Indices) -> AnyFactors:
+    shift = factors.bias_shift[rows]
+    if isinstance(factors, SpatialFactors):
+        return dataclasses.replace(factors, left=factors.left[rows], bias_shift=shift)
+    return dataclasses.replace(factors, left=factors.left[rows], sparse=factors.sparse[rows], bias_shift=shift)
+
+
+def _alive_outputs(
+    view: View, layers: Sequence[Layer], factors: Mapping[str, AnyFactors]
+) -> tuple[dict[str, Indices], set[str]]:
+    """Return the filters still read, for each layer that loses some, and the tensors that become narrower."""
+    by_node = {layer.node: layer for layer in layers}
+    alive: dict[str, Indices] = {}
+    reshaped: set[str] = set()
+    for layer in layers:
+        reach = _readers_behind(view, layer)
+        if reach is None:
+            continue
+        readers, passed = reach
+        kept = [_kept_only(by_node.get(r), factors.get(r)) for r in readers]
+        if not kept or any(k is None for k in kept):
+            continue
+        union = np.unique(np.concatenate([k for k in kept if k is not None])).astype(np.int64)
+        if len(union) < layer.out:
+            alive[layer.node] = union
+            reshaped |= passed
+    return alive, reshaped
+
+
+def _kept_only(reader: Layer | None, factors: AnyFactors | None) -> Indices | None:
+    """Return the channels a reader needs if it is rewritten and needs only some of them, else None."""
+    if reader is None or not isinstance(factors, Factors) or factors.rank:
+        return None
+    return factors.kept
+
+
+def _readers_behind(view: View, layer: Layer) -> tuple[list[str], set[str]] | None:
+    """Return the nodes that read the layer's channels and the tensors passed on the way, or None if a path leaves them."""
+    wanted_axis_ops = ELEMENTWISE | POOLS if layer.op == "Conv" else ELEMENTWISE
+    found: list[str] = []
+    passed = {layer.node}
+    queue = [layer.output]
+    while queue:
+        name = queue.pop()
+        passed.add(name)
+        if name in view.outputs or name in view.captured:
+            return None
+        for node in view.readers(name):
+            if not node.inputs or node.inputs[0].name != name or [t.name for t in node.inputs].count(name) > 1:
+                return None
+            if _same_feature_axis(layer, node):
+                found.append(node.outputs[0].name)
+            elif node.op in wanted_axis_ops and is_standard(node.domain) and not any(t.name for t in node.outputs[1:]):
+                queue.append(node.outputs[0].name)
+            else:
+                return None
+    return found, passed
+
+
+def _same_feature_axis(layer: Layer, node: gs.Node) -> bool:
+    """Return whether ``node`` reads as features what ``layer`` writes as outputs."""
+    if layer.op == "Conv":
+        return bool(node.op == "Conv")
+    if node.op == "Gemm":
+        return layer.op == "Gemm" and not node.attrs.get("transA", 0)
+    return bool(node.op == "MatMul") and not layer.geometry.weight_left
+
+
+def _producer_of(view: View, layer: Layer, alive: Mapping[str, Indices]) -> str | None:
+    """Return the node of the producer whose channels this layer reads, if that producer loses filters."""
+    name = layer.input
+    while name in view.tensors and view.tensors[name].inputs:
+        node = view.tensors[name].inputs[0]
+        key = node.outputs[0].name
+        if key in alive:
+            return key
+        if node.op == "Add" and node.inputs and any(t.name in alive for t in node.inputs):
+            return next(t.name for t in node.inputs if t.name in alive)
+        if node.op not in ELEMENTWISE | POOLS:
+            return None
+        name = node.inputs[0].name
+    return None
