@@ -90,11 +90,16 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A layer left dense and why; ``node`` as in :class:`Layer`, None inside a subgraph."""
+    """A layer left dense and why; ``node`` as in :class:`Layer`, None inside a subgraph.
+
+    ``shape`` and ``params`` are those of its constant operands; () and 0 if it has none.
+    """
 
     name: str
     op: str
     node: str | None
+    shape: tuple[int, ...]
+    params: int
     reason: str
 
 
@@ -110,8 +115,21 @@ def find(view: View, exclude: Sequence[str] = ()) -> tuple[tuple[Layer, ...], tu
         if isinstance(found, Layer):
             layers.append(found)
         else:
-            skipped.append(Skipped(name, node.op, node.outputs[0].name, found))
+            shape = _constant_operand(view, node)
+            skipped.append(Skipped(name, node.op, node.outputs[0].name, shape, math.prod(shape) if shape else 0, found))
     return tuple(layers), tuple(skipped + _inside_subgraphs(view))
+
+
+def _constant_operand(view: View, node: gs.Node) -> tuple[int, ...]:
+    """Return the shape of a layer's stored weight, whichever input it is; () if there is none."""
+    for tensor in node.inputs:
+        source = tensor
+        if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
+            source = tensor.inputs[0].inputs[0]
+        stored = isinstance(source, gs.Constant) or view.is_constant(source.name)
+        if stored and len(shape := view.constant_shape(source.name)) > 1:
+            return shape
+    return ()
 
 
 def _unique_names(nodes: Sequence[gs.Node]) -> list[str]:
@@ -127,7 +145,7 @@ def _unique_names(nodes: Sequence[gs.Node]) -> list[str]:
 
 def _inside_subgraphs(view: View) -> list[Skipped]:
     return [
-        Skipped(node.name or node.outputs[0].name, node.op, None, "inside a subgraph (If, Loop or Scan)")
+        Skipped(node.name or node.outputs[0].name, node.op, None, (), 0, "inside a subgraph (If, Loop or Scan)")
         for sub in view.graph.subgraphs(recursive=True)
         for node in sub.nodes
         if node.op in WEIGHTED_OPS

@@ -30,6 +30,7 @@ from onnx_lrs.errors import ModelError, OutputError
 OLDEST_OPSET = 7
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2^31 - 1, the rest is room for the graph
 CONSTANT_FORMS = ("value", "value_float", "value_floats", "value_int", "value_ints")
+Node = gs.Node  # the other wings name nodes by this, not by onnx-graphsurgeon
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 
 
@@ -148,11 +149,13 @@ def opset(model: onnx.ModelProto) -> int:
 
 def file_bytes(path: pathlib.Path) -> int:
     """Return the size of a model file with its external data, in bytes."""
+    return path.stat().st_size + sum((path.parent / place).stat().st_size for place in external_places(path))
+
+
+def external_places(path: pathlib.Path) -> set[str]:
+    """Return the names of the files in which a model keeps external data; empty if it keeps everything itself."""
     model = onnx.load(str(path), load_external_data=False)
-    places = {
-        ExternalDataInfo(t).location for t in all_tensors(model) if t.data_location == TensorProto.EXTERNAL
-    }
-    return path.stat().st_size + sum((path.parent / p).stat().st_size for p in places)
+    return {ExternalDataInfo(t).location for t in all_tensors(model) if t.data_location == TensorProto.EXTERNAL}
 
 
 def external_name(path: pathlib.Path) -> str:
@@ -293,6 +296,11 @@ class View:
             raise KeyError(name)
         value = self.constant(node.inputs[0].name)
         return value if node.op == "Identity" else np.transpose(value, node.attrs.get("perm"))
+
+    def constant_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a constant tensor."""
+        stored = self._stored.get(name)
+        return tuple(stored.dims) if isinstance(stored, TensorProto) else self.constant(name).shape
 
     def _static_producer(self, name: str) -> gs.Node | None:
         """Return the Identity or Transpose node that makes a tensor, if one does."""

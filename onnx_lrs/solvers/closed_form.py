@@ -24,6 +24,7 @@ from onnx_lrs.solvers.spectral import (
 )
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
+DATA_FREE = ("svd", "magnitude")  # baselines that see no data; the bias stays as it is
 ROUNDS = 4  # of re-choosing the support; the objective falls by less than 1e-4 after the second on the networks measured
 
 
@@ -106,10 +107,10 @@ def candidates(problem: Problem, family: Family, multiple: int) -> list[Candidat
     found = []
     for split in family.splits:
         rest = unexplained(family.reduced.target, split, problem.taps)
-        most = min(split.basis.shape[1], problem.params // (problem.out + problem.d))
+        most = min(split.basis.shape[1], problem.params // problem.rank_cost)
         curve = losses(rest, split.basis[:, :most], moments, problem.affine, centre) / max(scale, 1e-300)
         for rank in range(0, most + 1, multiple):
-            params = rank * (problem.out + problem.d) + len(split.support) * problem.taps * problem.out
+            params = rank * problem.rank_cost + len(split.support) * problem.taps * problem.out
             if 0 < params < problem.params:
                 found.append(Candidate(form_of(rank, len(split.support)), rank, params, curve[rank], split.support))
     return found

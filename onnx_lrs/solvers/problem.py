@@ -51,6 +51,8 @@ class Problem:
         True if a bias may absorb the mean, so that only deviations from the mean count.
     kernel : (int, int) or None
         Height and width of a 2-D kernel, for the spatial form.
+    width : int or None
+        Columns of the layer when ``weight`` stands for it in a smaller space; costs are counted with it.
     """
 
     weight: Array
@@ -59,6 +61,7 @@ class Problem:
     validation: Moments | None = None
     affine: bool = True
     kernel: tuple[int, int] | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         out, d = self.weight.shape
@@ -86,9 +89,14 @@ class Problem:
         return self.d // self.taps
 
     @property
+    def rank_cost(self) -> int:
+        """Parameters of one more rank."""
+        return self.out + (self.width or self.d)
+
+    @property
     def params(self) -> int:
         """Parameters of the dense layer, without the bias."""
-        return self.out * self.d
+        return self.out * (self.width or self.d)
 
 
 @dataclasses.dataclass(frozen=True)

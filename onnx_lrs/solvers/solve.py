@@ -68,7 +68,7 @@ def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
 
 def fit(problem: Problem, chosen: Candidate, method: str, family: Family | None = None) -> Solution:
     """Solve for the rank and support of a candidate (made on other moments, perhaps)."""
-    if method in ("svd", "magnitude"):  # they see no data: nothing to refit
+    if method in closed_form.DATA_FREE:  # nothing to refit
         family = family or METHODS[method](problem, 1)
         (split,) = (s for s in family.splits if len(s.support) == len(chosen.support))
         factors = assemble(problem, family.reduced, split, chosen.rank, shift=False)

@@ -1,0 +1,106 @@
+"""im2col columns of a layer's input at sampled positions.
+
+The columns come out tap-major (taps, channels), because gathering whole channel vectors from a channels-last copy is several
+times faster than gathering single kernel windows; :func:`channel_major` is the permutation back to the weight's order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lrs.graph.layers import Geometry, Layer
+
+Floats = NDArray[np.float32]
+
+
+def columns(layer: Layer, values: NDArray[np.generic], uniform: NDArray[np.float64]) -> Floats:
+    """Return sampled columns of a layer's input, (n, taps * channels), float32, tap-major.
+
+    Parameters
+    ----------
+    layer : Layer
+        Which geometry to read with.
+    values : ndarray
+        The layer's input for one batch, as ONNX Runtime gave it.
+    uniform : ndarray, shape (samples, positions)
+        Numbers in [0, 1), one row a sample: position j is drawn from the j-th of ``positions`` equal strata, so that no
+        position comes twice and the map is covered evenly. A smaller map gives all of its positions.
+    """
+    if layer.op == "Conv":
+        return _conv_columns(layer.geometry, values, uniform)
+    rows = _feature_rows(layer, values)
+    limit = uniform.size
+    if len(rows) <= limit:
+        return np.ascontiguousarray(rows, np.float32)
+    return np.ascontiguousarray(rows[_strata(uniform.reshape(1, -1), len(rows))[0]], np.float32)
+
+
+def channel_major(layer: Layer) -> NDArray[np.int64]:
+    """Return the order that turns tap-major columns into the weight's channel-major ones, (d,)."""
+    return np.arange(layer.d).reshape(layer.taps, layer.channels).T.ravel()
+
+
+def position_count(layer: Layer, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> int:
+    """Return how many columns one run of the layer has."""
+    if layer.op == "Conv":
+        return input_shape[0] * math.prod(output_shape[2:])
+    return math.prod(input_shape) // layer.channels
+
+
+def _feature_rows(layer: Layer, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    if layer.geometry.trans_a or layer.geometry.weight_left:
+        values = np.swapaxes(values, -1, -2)
+    return values.reshape(-1, layer.channels)
+
+
+def _strata(uniform: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Return positions below ``count``, one from each stratum; shape of ``uniform``."""
+    wanted = uniform.shape[1]
+    return np.minimum(((uniform + np.arange(wanted)) * (count / wanted)).astype(np.int64), count - 1)
+
+
+def _conv_columns(geometry: Geometry, values: NDArray[np.generic], uniform: NDArray[np.float64]) -> Floats:
+    padded, output = _padded(geometry, np.asarray(values, np.float32))
+    batch, count = len(values), math.prod(output)
+    if batch != len(uniform):  # the graph folds something into the batch axis (windows, frames)
+        uniform = np.resize(uniform, (batch, max(uniform.size // batch, 1)))
+    if count <= uniform.shape[1]:
+        flat = np.broadcast_to(np.arange(count), (batch, count))
+    else:
+        flat = _strata(uniform, count)
+    sample = np.repeat(np.arange(batch), flat.shape[1])
+    corner = [axis.ravel() * s for axis, s in zip(np.unravel_index(flat, output), geometry.strides, strict=True)]
+    last = np.ascontiguousarray(np.moveaxis(padded, 1, -1))
+    taps = list(itertools.product(*(range(k) for k in geometry.kernel)))
+    found = np.empty((len(sample), len(taps), values.shape[1]), np.float32)
+    for number, tap in enumerate(taps):  # kernel positions: a handful, each gathers all columns at once
+        at = tuple(c + t * d for c, t, d in zip(corner, tap, geometry.dilations, strict=True))
+        found[:, number] = last[(sample, *at)]
+    return found.reshape(len(sample), -1)
+
+
+def _padded(geometry: Geometry, values: Floats) -> tuple[Floats, tuple[int, ...]]:
+    """Return the zero-padded input and the spatial shape of the output."""
+    sizes = values.shape[2:]
+    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel, geometry.dilations, strict=True)]
+    before, after = _pads(geometry, sizes, reach)
+    padded = np.pad(values, [(0, 0), (0, 0), *zip(before, after, strict=True)])
+    output = tuple(
+        (n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, geometry.strides, strict=True)
+    )
+    return padded, output
+
+
+def _pads(geometry: Geometry, sizes: tuple[int, ...], reach: list[int]) -> tuple[list[int], list[int]]:
+    if geometry.auto_pad in ("NOTSET", "VALID"):
+        pads = list(geometry.pads) if geometry.auto_pad == "NOTSET" else [0] * 2 * len(sizes)
+        return pads[: len(sizes)], pads[len(sizes) :]
+    total = [
+        max((-(-n // s) - 1) * s + r - n, 0) for n, s, r in zip(sizes, geometry.strides, reach, strict=True)
+    ]
+    small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+    return (small, large) if geometry.auto_pad == "SAME_UPPER" else (large, small)

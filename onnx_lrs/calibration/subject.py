@@ -1,0 +1,151 @@
+"""What a run works on: the model, looked at and run once, and the samples, divided by role."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_lrs import data as sources
+from onnx_lrs.config import Config
+from onnx_lrs.data import Samples, TensorSpec
+from onnx_lrs.errors import ConfigError
+from onnx_lrs.graph import model as models
+from onnx_lrs.graph.fold import fold_batch_norm
+from onnx_lrs.graph.layers import Layer, Skipped, find
+from onnx_lrs.graph.model import ModelSource, View
+from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
+from onnx_lrs.runtime.session import Feed, Session, with_outputs
+
+RANDOM_ITEMS = 64  # how many random inputs --random-data fits on
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Where samples come from, as the caller named it. ``labels`` belong to the samples that judge."""
+
+    data: Any = None
+    labels: Any = None
+    test: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """Samples by role: ``split`` divides ``samples``; ``judge`` may be other samples. All None without data."""
+
+    samples: Samples | None
+    split: sources.Split | None
+    judge: Samples | None
+    judge_items: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model under work: as given, with exact rewrites done, its layers, and the shapes it runs on.
+
+    ``feed`` is one input at the smallest batch, ``shapes`` the tensors measured on it, ``macs`` multiply-accumulates by
+    node (its first output), ``params`` the original's weights, ``file_bytes`` its size with external data.
+    """
+
+    original: onnx.ModelProto
+    folded: onnx.ModelProto
+    view: View
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+    feed: Feed
+    shapes: Mapping[str, tuple[int, ...]]
+    macs: Mapping[str, int]
+    params: int
+    file_bytes: int
+    dynamic_batch: bool
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Number of dimensions by tensor name."""
+        return {name: len(shape) for name, shape in self.shapes.items()}
+
+
+def open_material(
+    wanted: Inputs, inputs: Sequence[TensorSpec], config: Config, stack: contextlib.ExitStack
+) -> Material:
+    """Open the data and divide it into what fits, what selects and what judges; ``stack`` closes it.
+
+    Raises
+    ------
+    ConfigError
+        If labels or test data come without calibration data.
+    """
+    if wanted.data is None and not config.random_data:
+        if wanted.test is not None or wanted.labels is not None:
+            raise ConfigError("Labels or test data were given without calibration data.", "Give --data as well.")
+        return Material(None, None, None, np.zeros(0, np.int64), None)
+    if wanted.data is None:
+        samples = sources.random_samples(inputs, config.shapes, RANDOM_ITEMS, config.seed)
+    else:
+        samples = sources.open_samples(wanted.data, inputs, config.preprocess)
+    stack.enter_context(samples)
+    split = sources.split(len(samples), config.holdout, config.seed)
+    if wanted.test is None:
+        return Material(samples, split, samples, split.held_out, sources.open_labels(wanted.labels, samples))
+    test = stack.enter_context(sources.open_samples(wanted.test, inputs, config.preprocess))
+    return Material(samples, split, test, np.arange(len(test)), sources.open_labels(wanted.labels, test))
+
+
+def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samples: Samples | None) -> Subject:
+    """Fold, find the layers, and run the model once to learn the shapes everything runs on.
+
+    Raises
+    ------
+    ModelError
+        If ONNX Runtime does not load or run the model.
+    DataError
+        If there are no samples and an input has open dimensions that --shape does not give.
+    """
+    inputs, _ = models.signature(original)
+    dynamic = all(len(spec.shape) > 0 and not isinstance(spec.shape[0], int) for spec in inputs)
+    folded, _ = fold_batch_norm(original)
+    view = View(folded)
+    layers, skipped = find(view, config.exclude)
+    feed = _probe_feed(config, inputs, samples, dynamic)
+    shapes = measure_shapes(folded, view, [layer.input for layer in layers], feed, config.threads)
+    in_memory = isinstance(source, onnx.ModelProto)
+    return Subject(
+        original=original,
+        folded=folded,
+        view=view,
+        layers=layers,
+        skipped=skipped,
+        feed=feed,
+        shapes=shapes,
+        macs=macs_by_node(view, shapes),
+        params=models.weight_count(original),
+        file_bytes=original.ByteSize() if in_memory else models.file_bytes(pathlib.Path(source)),
+        dynamic_batch=dynamic,
+    )
+
+
+def measure_shapes(
+    model: onnx.ModelProto, view: View, more: Sequence[str], feed: Feed, threads: int
+) -> dict[str, tuple[int, ...]]:
+    """Run the model once and return the shapes of its inputs, outputs, what costs MACs, and the tensors in ``more``."""
+    wanted = dict.fromkeys([*tensors_to_measure(view), *more, *view.outputs])
+    names = [name for name in wanted if name not in feed]
+    with Session(with_outputs(model, names), threads) as session:
+        return {name: value.shape for name, value in (feed | session.run(feed)).items()}
+
+
+def _probe_feed(config: Config, inputs: Sequence[TensorSpec], samples: Samples | None, dynamic: bool) -> Feed:
+    """Return one feed at the smallest batch: the first sample, or random numbers when there is no data."""
+    if samples is None:
+        return sources.random_samples(inputs, config.shapes, 1, config.seed).item(0)
+    feed = samples.item(0)
+    if dynamic and len({len(value) for value in feed.values()}) == 1:
+        return {name: value[:1] for name, value in feed.items()}
+    return feed

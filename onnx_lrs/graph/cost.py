@@ -1,0 +1,48 @@
+"""What a node costs: multiply-accumulates from the shapes it really runs on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from onnx_lrs.graph.model import Node, View, is_standard
+
+Shapes = Mapping[str, tuple[int, ...]]
+COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def tensors_to_measure(view: View) -> list[str]:
+    """Return the computed tensors whose shapes :func:`macs_by_node` needs."""
+    names: dict[str, None] = {}
+    for node in view.nodes:
+        if node.op in COUNTED and is_standard(node.domain):
+            for tensor in (*node.inputs[:2], node.outputs[0]):
+                if tensor.name not in view.inputs and not view.is_constant(tensor.name):
+                    names[tensor.name] = None
+    return list(names)
+
+
+def macs_by_node(view: View, shapes: Shapes) -> dict[str, int]:
+    """Return multiply-accumulates of one run by the node's first output.
+
+    Counted are Conv, ConvTranspose, Gemm and MatMul of the main graph; ``shapes`` holds the measured tensors and inputs.
+    """
+    return {
+        node.outputs[0].name: _macs(view, node, shapes)
+        for node in view.nodes
+        if node.op in COUNTED and is_standard(node.domain)
+    }
+
+
+def _macs(view: View, node: Node, shapes: Shapes) -> int:
+    first, second, output = (_shape(view, t.name, shapes) for t in (*node.inputs[:2], node.outputs[0]))
+    if node.op == "Conv":  # weight (out, in / group, *kernel)
+        return math.prod(output) * math.prod(second[1:])
+    if node.op == "ConvTranspose":  # weight (in, out / group, *kernel)
+        return math.prod(first) * math.prod(second[1:])
+    inner = first[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else first[-1]
+    return math.prod(output) * inner
+
+
+def _shape(view: View, name: str, shapes: Shapes) -> tuple[int, ...]:
+    return tuple(shapes[name]) if name in shapes else view.constant_shape(name)

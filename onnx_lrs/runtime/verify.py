@@ -1,0 +1,139 @@
+"""Proof before writing: the model is valid, loads, keeps its signature, and how close its outputs are."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_lrs.data import Samples, batches
+from onnx_lrs.errors import DataError, VerificationError
+from onnx_lrs.graph.model import PROTOBUF_LIMIT, signature
+from onnx_lrs.progress import Progress
+from onnx_lrs.report.result import OutputQuality
+from onnx_lrs.runtime.session import Feed, Session
+
+TOP = 5
+
+
+def check_structure(original: onnx.ModelProto, compressed: onnx.ModelProto) -> None:
+    """Run onnx.checker (full) and compare the signatures.
+
+    Raises
+    ------
+    VerificationError
+        If the compressed model is invalid or its inputs or outputs changed.
+    """
+    if compressed.ByteSize() < PROTOBUF_LIMIT:  # the checker takes larger models by path only; ONNX Runtime checks them
+        try:
+            onnx.checker.check_model(compressed, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            _refuse_unless_inherited(original, error)
+    if signature(original) != signature(compressed):
+        raise VerificationError("The compressed model's inputs or outputs differ from the original's.", _REPORT)
+
+
+_REPORT = "Nothing was written. This is a bug in onnx-lrs; please report it with the model."
+
+
+def _refuse_unless_inherited(original: onnx.ModelProto, error: Exception) -> None:
+    """A model that the checker refused before (custom operators, old quirks) may be refused after."""
+    try:
+        onnx.checker.check_model(original, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return
+    raise VerificationError(f"onnx.checker refuses the compressed model: {error}", _REPORT) from None
+
+
+class Meter:
+    """Streams pairs of one output into an :class:`OutputQuality`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rows = 0
+        self._sums = np.zeros(3)  # squared difference, squared reference, cosines
+        self._agreements = np.zeros(2)
+        self._correct = np.zeros(2)
+        self._classes = True
+        self._labelled = 0
+
+    def add(self, a: NDArray[np.generic], b: NDArray[np.generic], labels: NDArray[np.int64] | None) -> None:
+        """Take in the outputs of the original (a) and the compressed model (b) for the same inputs."""
+        rows = len(a) if a.ndim else 1
+        x, y = (np.asarray(v, np.float64).reshape(rows, -1) for v in (a, b))
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        dots = np.einsum("nd,nd->n", x, y)
+        cosines = np.divide(dots, norms, out=(norms == 0).astype(float), where=norms > 0)
+        self._rows += rows
+        self._sums += [np.square(x - y).sum(), np.square(x).sum(), cosines.sum()]
+        self._classes &= a.ndim == 2 and a.shape[1] > 1 and a.dtype.kind == "f"
+        if self._classes:
+            self._add_classes(x, y, labels)
+
+    def _add_classes(self, x: NDArray[np.float64], y: NDArray[np.float64], labels: NDArray[np.int64] | None) -> None:
+        first, second = x.argmax(axis=1), y.argmax(axis=1)
+        best = np.argsort(-y, axis=1, kind="stable")[:, :TOP]
+        self._agreements += [np.sum(first == second), np.sum(best == first[:, None])]
+        if labels is not None and len(labels) == len(x):
+            self._correct += [np.sum(first == labels), np.sum(second == labels)]
+            self._labelled += len(labels)
+
+    def quality(self) -> OutputQuality:
+        """Return the figures over everything added."""
+        difference, reference, cosines = self._sums
+        top1, top5 = (float(v) / self._rows for v in self._agreements) if self._classes else (None, None)
+        before, after = (float(v) / self._labelled for v in self._correct) if self._labelled else (None, None)
+        return OutputQuality(
+            name=self._name,
+            relative_l2=float(np.sqrt(difference / reference)) if reference else float(difference > 0),
+            cosine=float(cosines / self._rows),
+            samples=self._rows,
+            top1_agreement=top1,
+            top5_agreement=top5,
+            accuracy_before=before,
+            accuracy_after=after,
+        )
+
+
+def compare_outputs(
+    sessions: tuple[Session, Session],
+    samples: Samples,
+    items: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
+    batching: tuple[int, bool],
+    progress: Progress,
+) -> tuple[OutputQuality, ...]:
+    """Return how close every floating-point output is on the given items.
+
+    ``labels`` holds the class of every row of the samples, ``batching`` the largest batch and whether the batch is dynamic.
+
+    Raises
+    ------
+    DataError
+        If the original's own outputs are not finite.
+    VerificationError
+        If the compressed model's outputs are not finite.
+    """
+    original, compressed = sessions
+    starts = np.concatenate([[0], np.cumsum([samples.rows(i) for i in range(len(samples))])])
+    meters: dict[str, Meter] = {}
+    for indices, feed in batches(samples, items, *batching):
+        a, b = original.run(feed), compressed.run(feed)
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
+        for name in original.outputs:
+            if a[name].dtype.kind == "f":
+                _check_finite(name, a, b)
+                meters.setdefault(name, Meter(name)).add(a[name], b[name], None if labels is None else labels[rows])
+        progress.step(f"{len(indices)} samples")
+    return tuple(meter.quality() for meter in meters.values())
+
+
+def _check_finite(name: str, a: Feed, b: Feed) -> None:
+    if not np.isfinite(a[name]).all():
+        raise DataError(
+            f"The original model's output {name!r} is not finite on this data.", "Check the preprocessing of the data."
+        )
+    if a[name].shape != b[name].shape:
+        raise VerificationError(f"Output {name!r} has shape {b[name].shape} instead of {a[name].shape}.", _REPORT)
+    if not np.isfinite(b[name]).all():
+        raise VerificationError(f"The compressed model's output {name!r} is not finite.", "Nothing was written.")
