@@ -233,9 +233,7 @@ def _had_external_data(source: ModelSource) -> bool:
     return bool(models.external_places(pathlib.Path(source)))
 
 
-def _layer_result(
-    subject: Subject, rewritten: Rewritten, fitted: Mapping[str, Fitted], layer: Layer
-) -> LayerResult:
+def _layer_result(subject: Subject, rewritten: Rewritten, fitted: Mapping[str, Fitted], layer: Layer) -> LayerResult:
     done = fitted.get(layer.node)
     outputs = rewritten.kept_outputs.get(layer.node)
     kept_outputs = layer.out if outputs is None else len(outputs)

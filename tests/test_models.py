@@ -17,6 +17,7 @@ DIGITS = ROOT / "models" / "digits.npz"
 PARAMETERS = 431_080
 MIN_ACCURACY = 0.988
 
+
 @pytest.fixture(scope="module")
 def model() -> onnx.ModelProto:
     return onnx.load(LENET)

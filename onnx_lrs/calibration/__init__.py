@@ -1,0 +1,1 @@
+"""Samples and statistics: where the three wings meet."""

@@ -72,7 +72,10 @@ def groups(layers: Sequence[Layer], roles: int, memory_bytes: int) -> list[list[
             sizes, work = new_sizes, new_work
         else:
             found.append([layer])
-            sizes, work = {key_of(layer, memory_bytes): 8 * width**2 * roles}, 8 * width**2 * (MATRICES_PER_SOLVE - roles)
+            sizes, work = (
+                {key_of(layer, memory_bytes): 8 * width**2 * roles},
+                8 * width**2 * (MATRICES_PER_SOLVE - roles),
+            )
     return found
 
 
@@ -115,7 +118,11 @@ class Capture:
         self, firsts: Mapping[Key, Layer], items: NDArray[np.int64], progress: Progress
     ) -> Iterator[tuple[Key, NDArray[np.float32]]]:
         setting = self._setting
-        wide = {k: weight_matrix(self._view, v).astype(np.float32) for k, v in firsts.items() if is_wide(v, setting.memory_bytes)}
+        wide = {
+            k: weight_matrix(self._view, v).astype(np.float32)
+            for k, v in firsts.items()
+            if is_wide(v, setting.memory_bytes)
+        }
         tensors = sorted({layer.input for layer in firsts.values()} - self._fed)
         rows = sum(self._samples.rows(int(i)) for i in items)
         for indices, feed in batches(self._samples, items, setting.batch, setting.dynamic_batch):

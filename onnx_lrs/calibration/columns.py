@@ -89,9 +89,7 @@ def _padded(geometry: Geometry, values: Floats) -> tuple[Floats, tuple[int, ...]
     reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel, geometry.dilations, strict=True)]
     before, after = _pads(geometry, sizes, reach)
     padded = np.pad(values, [(0, 0), (0, 0), *zip(before, after, strict=True)])
-    output = tuple(
-        (n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, geometry.strides, strict=True)
-    )
+    output = tuple((n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, geometry.strides, strict=True))
     return padded, output
 
 
@@ -99,8 +97,6 @@ def _pads(geometry: Geometry, sizes: tuple[int, ...], reach: list[int]) -> tuple
     if geometry.auto_pad in ("NOTSET", "VALID"):
         pads = list(geometry.pads) if geometry.auto_pad == "NOTSET" else [0] * 2 * len(sizes)
         return pads[: len(sizes)], pads[len(sizes) :]
-    total = [
-        max((-(-n // s) - 1) * s + r - n, 0) for n, s, r in zip(sizes, geometry.strides, reach, strict=True)
-    ]
+    total = [max((-(-n // s) - 1) * s + r - n, 0) for n, s, r in zip(sizes, geometry.strides, reach, strict=True)]
     small, large = [t // 2 for t in total], [t - t // 2 for t in total]
     return (small, large) if geometry.auto_pad == "SAME_UPPER" else (large, small)

@@ -1,0 +1,1 @@
+"""The graph wing: onnx and onnx-graphsurgeon."""

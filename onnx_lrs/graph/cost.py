@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from onnx_lrs.graph.model import Node, View, is_standard
+import onnx_graphsurgeon as gs
+
+from onnx_lrs.graph.model import View, is_standard
 
 Shapes = Mapping[str, tuple[int, ...]]
 COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -34,7 +36,7 @@ def macs_by_node(view: View, shapes: Shapes) -> dict[str, int]:
     }
 
 
-def _macs(view: View, node: Node, shapes: Shapes) -> int:
+def _macs(view: View, node: gs.Node, shapes: Shapes) -> int:
     first, second, output = (_shape(view, t.name, shapes) for t in (*node.inputs[:2], node.outputs[0]))
     if node.op == "Conv":  # weight (out, in / group, *kernel)
         return math.prod(output) * math.prod(second[1:])

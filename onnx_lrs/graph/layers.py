@@ -332,4 +332,6 @@ def bias_row(view: View, layer: Layer) -> NDArray[np.float64] | None:
     """Return the constant bias, (out,), float64, Gemm's beta inside; None if there is none to change."""
     if layer.bias is None:
         return None
-    return view.constant(layer.bias).astype(np.float64).reshape(layer.out) * (layer.geometry.beta if layer.op == "Gemm" else 1.0)
+    return view.constant(layer.bias).astype(np.float64).reshape(layer.out) * (
+        layer.geometry.beta if layer.op == "Gemm" else 1.0
+    )

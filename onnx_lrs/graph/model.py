@@ -30,7 +30,6 @@ from onnx_lrs.errors import ModelError, OutputError
 OLDEST_OPSET = 7
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2^31 - 1, the rest is room for the graph
 CONSTANT_FORMS = ("value", "value_float", "value_floats", "value_int", "value_ints")
-Node = gs.Node  # the other wings name nodes by this, not by onnx-graphsurgeon
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 import onnx
@@ -53,17 +54,16 @@ def rewrite(
     ranks : mapping of tensor name to int
         Number of dimensions of each layer's input.
     """
-    alive, reshaped = _alive_outputs(view, layers, factors)
+    alive, reshaped = alive_outputs(view, layers, {n: f.kept for n, f in factors.items() if _reads_only_kept(f)})
     nodes: dict[str, list[gs.Node]] = {}
     names = Names(view.model)
-    readers_of = {layer.node: _producer_of(view, layer, alive) for layer in layers}
     for layer in layers:
         given = factors.get(layer.node)
         if given is None and layer.node not in alive:
             continue
         used = given if given is not None else _as_dense(view, layer)
         rows = alive.get(layer.node)
-        source = alive.get(readers_of[layer.node]) if readers_of[layer.node] else None
+        source = _source_rows(view, layer, alive)
         site = _site(view, names, layer, used, (rows, source), feature_axis(layer, ranks))
         nodes[layer.node] = build(site, used if rows is None else _take_rows(used, rows))
         if layer.bias_add is not None and site.bias is not None:
@@ -132,33 +132,29 @@ def _take_rows(factors: AnyFactors, rows: Indices) -> AnyFactors:
     return dataclasses.replace(factors, left=factors.left[rows], sparse=factors.sparse[rows], bias_shift=shift)
 
 
-def _alive_outputs(
-    view: View, layers: Sequence[Layer], factors: Mapping[str, AnyFactors]
+def _reads_only_kept(factors: AnyFactors) -> TypeGuard[Factors]:
+    return isinstance(factors, Factors) and not factors.rank
+
+
+def alive_outputs(
+    view: View, layers: Sequence[Layer], reads: Mapping[str, Indices]
 ) -> tuple[dict[str, Indices], set[str]]:
-    """Return the filters still read, for each layer that loses some, and the tensors that become narrower."""
-    by_node = {layer.node: layer for layer in layers}
+    """Return the filters still read, for each layer that loses some, and the tensors that become narrower.
+
+    ``reads`` gives the channels read by each layer (by node) that does not read all of them.
+    """
     alive: dict[str, Indices] = {}
     reshaped: set[str] = set()
     for layer in layers:
         reach = _readers_behind(view, layer)
-        if reach is None:
+        if reach is None or not reach[0] or any(reader not in reads for reader in reach[0]):
             continue
         readers, passed = reach
-        kept = [_kept_only(by_node.get(r), factors.get(r)) for r in readers]
-        if not kept or any(k is None for k in kept):
-            continue
-        union = np.unique(np.concatenate([k for k in kept if k is not None])).astype(np.int64)
+        union = np.unique(np.concatenate([reads[reader] for reader in readers])).astype(np.int64)
         if len(union) < layer.out:
             alive[layer.node] = union
             reshaped |= passed
     return alive, reshaped
-
-
-def _kept_only(reader: Layer | None, factors: AnyFactors | None) -> Indices | None:
-    """Return the channels a reader needs if it is rewritten and needs only some of them, else None."""
-    if reader is None or not isinstance(factors, Factors) or factors.rank:
-        return None
-    return factors.kept
 
 
 def _readers_behind(view: View, layer: Layer) -> tuple[list[str], set[str]] | None:
@@ -193,16 +189,17 @@ def _same_feature_axis(layer: Layer, node: gs.Node) -> bool:
     return bool(node.op == "MatMul") and not layer.geometry.weight_left
 
 
-def _producer_of(view: View, layer: Layer, alive: Mapping[str, Indices]) -> str | None:
-    """Return the node of the producer whose channels this layer reads, if that producer loses filters."""
+def _source_rows(view: View, layer: Layer, alive: Mapping[str, Indices]) -> Indices | None:
+    """Return the channels that are left of this layer's input, if its producer loses filters."""
     name = layer.input
     while name in view.tensors and view.tensors[name].inputs:
         node = view.tensors[name].inputs[0]
-        key = node.outputs[0].name
+        key: str = node.outputs[0].name
         if key in alive:
-            return key
-        if node.op == "Add" and node.inputs and any(t.name in alive for t in node.inputs):
-            return next(t.name for t in node.inputs if t.name in alive)
+            return alive[key]
+        behind_add = [t.name for t in node.inputs if t.name in alive] if node.op == "Add" else []
+        if behind_add:  # the bias of a MatMul
+            return alive[behind_add[0]]
         if node.op not in ELEMENTWISE | POOLS:
             return None
         name = node.inputs[0].name

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from onnx_lrs.calibration.capture import Capture, Roles, groups
 from onnx_lrs.calibration.subject import Subject
@@ -11,11 +14,14 @@ from onnx_lrs.config import Budget
 from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import weight_count
+from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.planning.allocate import Choice, allocate
 from onnx_lrs.planning.candidates import Bench
 from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
 
+SLACK_ROUNDS = 8
+SLACK_SHARE = 0.005  # of the limit: less is not worth another round
 Curves = Mapping[str, Sequence[Candidate]]
 
 
@@ -24,6 +30,9 @@ class Plan:
     """The candidate chosen for each layer that is compressed, by node; the others stay dense."""
 
     chosen: Mapping[str, Candidate]
+
+
+Solved = tuple[Mapping[str, int], Plan]  # cost of each layer, and the plan
 
 
 def error_curves(
@@ -42,6 +51,9 @@ def error_curves(
 def make_plan(subject: Subject, curves: Curves, budget: Budget) -> Plan:
     """Choose one candidate for each layer so that the whole model keeps to the budget at the least total loss.
 
+    Filters that no reader needs any more (graph/rewrite.py) make a plan cheaper than the sum of its layers. That slack is
+    given out again until the real cost comes close to the budget.
+
     Raises
     ------
     BudgetError
@@ -52,16 +64,72 @@ def make_plan(subject: Subject, curves: Curves, budget: Budget) -> Plan:
     before = subject.params if budget.kind == "params" else sum(subject.macs.values())
     now = weight_count(subject.folded) if budget.kind == "params" else before
     fixed = now - sum(options[0].cost for options in choices)
-    chosen = allocate(choices, int(budget.fraction * before) - fixed)
-    if chosen is None:
-        smallest = fixed + sum(min(c.cost for c in options) for options in choices)
+    limit = int(budget.fraction * before) - fixed
+    best = _solve(layers, choices, curves, limit)
+    if best is None:
+        smallest = (fixed + sum(min(c.cost for c in options) for options in choices)) / before
         raise BudgetError(
             f"--{budget.kind} {budget.fraction} cannot be reached: the smallest candidates of the {len(layers)} layers "
-            f"that can be compressed leave {smallest / before:.3f} of the {budget.kind}.",
-            f"Allow at least --{budget.kind} {smallest / before + 0.001:.3f}, or a smaller --multiple.",
+            f"that can be compressed leave {smallest:.3f} of the {budget.kind}.",
+            f"Allow at least --{budget.kind} {math.ceil(1000 * smallest) / 1000}, or a smaller --multiple.",
         )
-    pairs = zip(layers, chosen, strict=True)
-    return Plan({layer.node: curves[layer.node][index - 1] for layer, index in pairs if index > 0})
+    return _spend_slack(best, limit, lambda given: _solve(layers, choices, curves, given), subject, budget)
+
+
+def _spend_slack(
+    best: Solved, limit: int, solve: Callable[[int], Solved | None], subject: Subject, budget: Budget
+) -> Plan:
+    """Raise the knapsack's limit while the real cost (dead filters taken off) keeps to ``limit``; halve what overshoots."""
+    given, step = limit, limit - _spent(subject, best, budget)
+    for _ in range(SLACK_ROUNDS):
+        if step <= limit * SLACK_SHARE:
+            break
+        trial = solve(given + step)
+        if trial is None or _spent(subject, trial, budget) > limit:
+            step //= 2
+            continue
+        best, given = trial, given + step
+        step = min(step, limit - _spent(subject, best, budget))
+    return best[1]
+
+
+def _solve(layers: Sequence[Layer], choices: Sequence[Sequence[Choice]], curves: Curves, limit: int) -> Solved | None:
+    """Return the cost of each layer and the plan, or None if the limit cannot be kept."""
+    chosen = allocate(choices, limit)
+    if chosen is None:
+        return None
+    costs = {layer.node: choices[i][chosen[i]].cost for i, layer in enumerate(layers)}
+    picked = {layer.node: curves[layer.node][c - 1] for layer, c in zip(layers, chosen, strict=True) if c > 0}
+    return costs, Plan(picked)
+
+
+def _spent(subject: Subject, solved: Solved, budget: Budget) -> int:
+    costs, plan = solved
+    return sum(costs.values()) - _saved(subject, plan, budget)
+
+
+def _saved(subject: Subject, plan: Plan, budget: Budget) -> int:
+    """Return what dead filters save in the budget's unit: rows of weights (and their biases)."""
+    reads = {node: np.sort(c.support) for node, c in plan.chosen.items() if c.form == "channels"}
+    alive, _ = alive_outputs(subject.view, subject.layers, reads)
+    saved = 0
+    for layer in subject.layers:
+        if layer.node not in alive:
+            continue
+        rows = layer.out - len(alive[layer.node])
+        row = _row_params(layer, plan.chosen.get(layer.node))
+        positions = subject.macs[layer.node] // layer.params
+        saved += rows * (row * positions if budget.kind == "macs" else row + (layer.bias is not None))
+    return saved
+
+
+def _row_params(layer: Layer, chosen: Candidate | None) -> int:
+    """Return the weights that go with one output of the layer."""
+    if chosen is None:
+        return layer.d
+    if chosen.form == "spatial":
+        return chosen.rank * layer.geometry.kernel[1]
+    return chosen.rank + len(chosen.support) * layer.taps
 
 
 def _choices(subject: Subject, layer: Layer, candidates: Sequence[Candidate], budget: Budget) -> list[Choice]:

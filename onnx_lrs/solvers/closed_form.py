@@ -25,7 +25,9 @@ from onnx_lrs.solvers.spectral import (
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
 DATA_FREE = ("svd", "magnitude")  # baselines that see no data; the bias stays as it is
-ROUNDS = 4  # of re-choosing the support; the objective falls by less than 1e-4 after the second on the networks measured
+ROUNDS = (
+    4  # of re-choosing the support; the objective falls by less than 1e-4 after the second on the networks measured
+)
 
 
 @dataclasses.dataclass(frozen=True)

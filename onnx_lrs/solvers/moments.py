@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-FLUSH_ROWS = 2048  # rows gathered before one product: below that the float64 addition of d x d costs more than the product
+FLUSH_ROWS = (
+    2048  # rows gathered before one product: below that the float64 addition of d x d costs more than the product
+)
 
 
 @dataclasses.dataclass(frozen=True)
