@@ -38,7 +38,9 @@ def assert_close_to_direct(found, x):
     assert found.count == len(x)
     assert found.cov.dtype == found.mean.dtype == np.float64
     half_ulp = 2.0**-24  # of the centred values, which are float32
-    np.testing.assert_array_less(np.abs(found.mean - exact.mean), half_ulp * spread + 1e-12 * np.abs(exact.mean) + 1e-30)
+    np.testing.assert_array_less(
+        np.abs(found.mean - exact.mean), half_ulp * spread + 1e-12 * np.abs(exact.mean) + 1e-30
+    )
     bound = PRECISION * np.outer(spread, spread) + np.outer(ulp, ulp)
     np.testing.assert_array_less(np.abs(found.cov - exact.cov), bound + 1e-30)
 
