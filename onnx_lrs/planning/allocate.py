@@ -2,11 +2,11 @@ r"""Share a budget out over the layers: the multiple-choice knapsack, by Lagrang
 
 .. math:: \min \sum_l \mathrm{loss}_{l,c(l)} \quad \text{s.t.} \quad \sum_l \mathrm{cost}_{l,c(l)} \le \mathrm{budget}
 
-A price on cost gives a plan and a lower bound. Every plan's loss is that bound, plus the price of the budget it leaves, plus
-the sum of its layers' ``loss + price * cost`` above the layer's minimum; so only choices and partial plans whose sum stays
-below the gap need to be looked at, and those that another one beats in both cost and loss are dropped (Nemhauser and
-Ullmann, 1969). Costs are integers throughout: the budget holds exactly. (HiGHS, tried first, forgives a relative 1e-6 and
-writes to the process's stdout, where the JSON goes.)
+A price on cost gives a plan and a lower bound. Every plan's loss is that bound, plus the price of the budget it leaves,
+plus the sum of its layers' ``loss + price * cost`` above the layer's minimum; so only choices and partial plans whose
+sum stays below the gap need to be looked at, and those that another one beats in both cost and loss are dropped (Nemhauser
+and Ullmann, 1969). Costs are integers throughout: the budget holds exactly. (HiGHS, tried first, forgives a relative
+1e-6 and writes to the process's stdout, where the JSON goes.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Choice:
 
 
 def allocate(layers: Sequence[Sequence[Choice]], budget: int) -> list[int] | None:
-    """Return the index of the chosen :class:`Choice` of each layer, or None if even the cheapest ones exceed the budget."""
+    """Return the index of each layer's :class:`Choice`, or None if even the cheapest ones exceed the budget."""
     costs = [np.array([c.cost for c in layer], np.int64) for layer in layers]
     losses = [np.array([c.loss for c in layer], np.float64) for layer in layers]
     if sum(int(cost.min()) for cost in costs) > budget:
