@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from onnx_lrs.solvers.channels import eliminate
+from onnx_lrs.solvers.moments import Moments
 from onnx_lrs.solvers.problem import Array, Budget, Candidate, Factors, Indices, Problem, columns_of, objective
 from onnx_lrs.solvers.spectral import (
     Reduced,
@@ -85,12 +86,15 @@ def magnitude(problem: Problem, multiple: int) -> Family:
 
 
 def lrs(problem: Problem, multiple: int) -> Family:
-    """Low rank and kept channels together; contains hsvd and the supports of ``channels``, so it is never worse."""
+    """Low rank and kept channels together; contains all of hsvd and all of ``channels``, so it is never worse."""
     reduced = reduce_rows(problem.weight)
     metric = damped(problem)
     order = importance(reduced.target, metric, problem.taps)
     counts = [0, *kept_counts(problem.channels, len(reduced.target), multiple)]
-    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps)))
+    others = sorted(set(range(multiple, problem.channels, multiple)) - set(counts))
+    found = splits(reduced.target, metric, order, counts, problem.taps)
+    found += splits(reduced.target, metric, order, others, problem.taps, low_rank=False)
+    return Family(reduced, tuple(found))
 
 
 def importance(target: Array, metric: Array | None, taps: int) -> Indices:
@@ -105,17 +109,25 @@ def candidates(problem: Problem, family: Family, multiple: int) -> list[Candidat
     """Return every (rank, support) of the family that is smaller than the dense layer, judged on the validation moments."""
     moments = problem.validation or problem.moments
     centre = problem.moments.mean if family.shift and problem.moments is not None else None
-    scale = objective(problem.weight, np.zeros_like(problem.weight), moments, problem.affine)
+    scale = _reference(problem, moments)
     found = []
     for split in family.splits:
         rest = unexplained(family.reduced.target, split, problem.taps)
         most = min(split.basis.shape[1], problem.params // problem.rank_cost)
-        curve = losses(rest, split.basis[:, :most], moments, problem.affine, centre) / max(scale, 1e-300)
+        curve = losses(rest, split.basis[:, :most], moments, problem.affine, centre) / scale
         for rank in range(0, most + 1, multiple):
             params = rank * problem.rank_cost + len(split.support) * problem.taps * problem.out
             if 0 < params < problem.params:
                 found.append(Candidate(form_of(rank, len(split.support)), rank, params, curve[rank], split.support))
     return found
+
+
+def _reference(problem: Problem, moments: Moments | None) -> float:
+    """Return what J is relative to: the output's variance, or 1e-12 of its squared mean if it hardly varies."""
+    varies = objective(problem.weight, np.zeros_like(problem.weight), moments, problem.affine)
+    means = [m.mean for m in (problem.moments, problem.validation) if m is not None]
+    constant = max((float(np.sum(np.square(problem.weight @ mean))) for mean in means), default=0.0)
+    return max(varies, 1e-12 * constant, 1e-300)
 
 
 def form_of(rank: int, kept: int) -> str:
@@ -153,6 +165,15 @@ def _solve_split(problem: Problem, reduced: Reduced, metric: Array | None, suppo
     order = np.concatenate([support, others]).astype(np.int64)
     (split,) = splits(reduced.target, metric, order, [len(support)], problem.taps)
     return assemble(problem, reduced, split, rank)
+
+
+def exactly(problem: Problem, rank: int, kept: int) -> Candidate | None:
+    """Return the candidate of :func:`lrs` with this rank and number of kept channels, or None if it saves nothing."""
+    params = rank * problem.rank_cost + kept * problem.taps * problem.out
+    if not 0 < params < problem.params:
+        return None
+    order = importance(reduce_rows(problem.weight).target, damped(problem), problem.taps)
+    return Candidate(form_of(rank, kept), rank, params, float("nan"), order[:kept])
 
 
 def best_within(found: list[Candidate], budget: Budget) -> Candidate | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onnx_lrs.solvers import closed_form
-from onnx_lrs.solvers.closed_form import Family, best_within, candidates, refit
+from onnx_lrs.solvers.closed_form import Family, best_within, candidates, exactly, refit
 from onnx_lrs.solvers.problem import Budget, Candidate, Factors, Problem, Solution, Status, objective
 from onnx_lrs.solvers.spectral import assemble
 
@@ -59,10 +59,16 @@ def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
     """
     if budget.params is not None and budget.params >= problem.params:
         return Solution(Status.DENSE, None, 0.0)
-    family = METHODS[method](problem, budget.multiple)
-    chosen = best_within(candidates(problem, family, budget.multiple), budget)
+    if (
+        budget.rank is not None and budget.channels is not None and method == "lrs"
+    ):  # any split, not the tried ones only
+        family, chosen = None, exactly(problem, budget.rank, budget.channels)
+    else:
+        family = METHODS[method](problem, budget.multiple)
+        chosen = best_within(candidates(problem, family, budget.multiple), budget)
     if chosen is None:
-        return Solution(Status.INFEASIBLE, None, objective(problem.weight, 0 * problem.weight, problem.moments))
+        nothing = objective(problem.weight, 0 * problem.weight, problem.moments, problem.affine)
+        return Solution(Status.INFEASIBLE, None, nothing)
     return fit(problem, chosen, method, family)
 
 
