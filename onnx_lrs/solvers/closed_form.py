@@ -7,6 +7,8 @@ method is fully described by the supports it tries, the metric of its basis, and
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -33,10 +35,10 @@ ROUNDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """All approximations a method offers for one layer."""
+    """All approximations a method offers for one layer; ``splits`` that cost a solve are made one by one, once."""
 
     reduced: Reduced
-    splits: tuple[Split, ...]
+    splits: Iterable[Split]
     shift: bool = True
 
 
@@ -54,7 +56,7 @@ def hsvd(problem: Problem, multiple: int) -> Family:
     """Low rank in the H-metric (METHODS 2): U from the eigenproblem of W H W^T, exact for every rank."""
     reduced = reduce_rows(problem.weight)
     order = np.arange(problem.channels)
-    return Family(reduced, tuple(splits(reduced.target, damped(problem), order, [0], problem.taps)))
+    return Family(reduced, splits(reduced.target, damped(problem), order, [0], problem.taps))
 
 
 def svd(problem: Problem, multiple: int) -> Family:
@@ -70,7 +72,7 @@ def channels(problem: Problem, multiple: int) -> Family:
     metric = damped(problem)
     order = importance(reduced.target, metric, problem.taps)
     counts = range(multiple, problem.channels, multiple)
-    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps, low_rank=False)))
+    return Family(reduced, splits(reduced.target, metric, order, counts, problem.taps, low_rank=False))
 
 
 def magnitude(problem: Problem, multiple: int) -> Family:
@@ -92,9 +94,9 @@ def lrs(problem: Problem, multiple: int) -> Family:
     order = importance(reduced.target, metric, problem.taps)
     counts = [0, *kept_counts(problem.channels, len(reduced.target), multiple)]
     others = sorted(set(range(multiple, problem.channels, multiple)) - set(counts))
-    found = splits(reduced.target, metric, order, counts, problem.taps)
-    found += splits(reduced.target, metric, order, others, problem.taps, low_rank=False)
-    return Family(reduced, tuple(found))
+    both = splits(reduced.target, metric, order, counts, problem.taps)
+    pure = splits(reduced.target, metric, order, others, problem.taps, low_rank=False)
+    return Family(reduced, itertools.chain(both, pure))
 
 
 def importance(target: Array, metric: Array | None, taps: int) -> Indices:

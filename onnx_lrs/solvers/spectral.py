@@ -15,7 +15,7 @@ behind K.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -75,8 +75,8 @@ def damped(problem: Problem, damping: float = DAMPING) -> Array | None:
 
 def splits(
     target: Array, metric: Array | None, order: Indices, counts: Sequence[int], taps: int, low_rank: bool = True
-) -> list[Split]:
-    """Return a :class:`Split` for each prefix length in ``counts`` of the channel ``order``.
+) -> Iterator[Split]:
+    """Yield a :class:`Split` for each prefix length in ``counts`` of the channel ``order``.
 
     ``target`` (m, d), ``metric`` (d, d) positive definite or None. Cost: one Cholesky of d x d, and per count one
     product of at most m x d x m and one eigenproblem of m x m (none with ``low_rank`` False: the basis is empty).
@@ -84,10 +84,11 @@ def splits(
     columns = columns_of(order, taps)
     ordered = target[:, columns]
     if metric is None:
-        return [_split(ordered, None, ordered, order[:k], low_rank, taps) for k in counts]
-    factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)], lower=True, overwrite_a=True, check_finite=False)
+        yield from (_split(ordered, None, ordered, order[:k], low_rank, taps) for k in counts)
+        return
+    factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)].T, lower=True, overwrite_a=True, check_finite=False)
     explained = ordered @ factor
-    return [_split(explained, factor, ordered, order[:k], low_rank, taps) for k in counts]
+    yield from (_split(explained, factor, ordered, order[:k], low_rank, taps) for k in counts)
 
 
 def _split(
