@@ -5,8 +5,8 @@ r"""Share a budget out over the layers: the multiple-choice knapsack, by Lagrang
 A price on cost gives a plan and a lower bound. Every plan's loss is that bound, plus the price of the budget it leaves,
 plus the sum of its layers' ``loss + price * cost`` above the layer's minimum; so only choices and partial plans whose
 sum stays below the gap need to be looked at, and those that another one beats in both cost and loss are dropped
-(Nemhauser and Ullmann, 1969). Costs are integers throughout: the budget holds exactly. (HiGHS, tried first, forgives a relative
-1e-6 and writes to the process's stdout, where the JSON goes.)
+(Nemhauser and Ullmann, 1969). Costs are integers throughout: the budget holds exactly. (HiGHS, tried
+first, forgives a relative 1e-6 and writes to the process's stdout, where the JSON goes.)
 """
 
 from __future__ import annotations
@@ -112,5 +112,5 @@ def _front(spent: NDArray[np.int64], lost: NDArray[np.float64], grain: float) ->
     if len(order) <= PLANS or grain <= 0:
         return order
     cells = np.floor(lost[order] / grain)
-    order = order[np.concatenate([[True], cells[1:] < cells[:-1]])]
-    return order
+    kept: NDArray[np.int64] = order[np.concatenate([[True], cells[1:] < cells[:-1]])]
+    return kept
