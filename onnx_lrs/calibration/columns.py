@@ -52,15 +52,22 @@ def position_count(layer: Layer, input_shape: tuple[int, ...], output_shape: tup
 
 
 def _feature_rows(layer: Layer, values: NDArray[np.generic]) -> NDArray[np.generic]:
-    if layer.geometry.trans_a or layer.geometry.weight_left:
+    if (layer.geometry.trans_a or layer.geometry.weight_left) and values.ndim > 1:
         values = np.swapaxes(values, -1, -2)
     return values.reshape(-1, layer.channels)
 
 
 def _strata(uniform: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Return positions below ``count``, one from each stratum; shape of ``uniform``."""
+    """Return distinct positions below ``count``, one from each stratum; shape of ``uniform``.
+
+    Strata are whole positions, so their sizes may differ by one; each row is turned by a random distance (from lower
+    digits of its first number), so that every position is equally likely all the same.
+    """
     wanted = uniform.shape[1]
-    return np.minimum(((uniform + np.arange(wanted)) * (count / wanted)).astype(np.int64), count - 1)
+    edges = np.arange(wanted + 1) * count // wanted
+    inside = edges[:-1] + (uniform * np.diff(edges)).astype(np.int64)
+    turn = (uniform[:, :1] * 2**20 % 1 * count).astype(np.int64)
+    return np.sort((inside + turn) % count, axis=1)
 
 
 def _conv_columns(geometry: Geometry, values: NDArray[np.generic], uniform: NDArray[np.float64]) -> Floats:

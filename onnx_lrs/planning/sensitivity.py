@@ -25,7 +25,9 @@ from onnx_lrs.runtime.session import Feed, Session
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
 
-PROBE_LOSS = 0.03  # relative squared error of a probe: the size of error a plan at half of the parameters gives its layers
+PROBE_LOSS = (
+    0.03  # relative squared error of a probe: the size of error a plan at half of the parameters gives its layers
+)
 BOUND = 2.0  # cifar_resnet20 at params 0.7 / 0.5: none 90.2 / 78.7, bound 2 89.8 / 81.2, bound 3 87.0 / 81.3, free 87.0 / 77.3
 PROBE_ITEMS = 64  # samples on which the outputs are compared
 

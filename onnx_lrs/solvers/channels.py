@@ -16,6 +16,7 @@ import scipy.linalg
 
 from onnx_lrs.solvers.problem import Array, Indices, columns_of
 
+COMPACT = 0.75  # of the columns still alive: then the arrays are cut down; each cut is a copy of d x d
 SHARE = 32  # a round drops one channel in 32: scores are exact for one removal, so small rounds keep them honest
 
 
@@ -31,48 +32,69 @@ def eliminate(target: Array, metric: Array, taps: int) -> Indices:
     taps : int
         Columns per channel.
     """
-    channels = target.shape[1] // taps
-    inverse = inverse_spd(metric)
+    alive = np.arange(target.shape[1] // taps)
+    place = alive.copy()  # where each living channel stands in `inverse` and `weights`
+    inverse = _lower_inverse(metric)
     weights = target.copy()
-    alive = np.arange(channels)
     dropped: list[Indices] = []
     while len(alive) > 1:
-        scores = removal_scores(weights, inverse, taps)
+        scores = removal_scores(weights, inverse, taps)[place]
         count = max(1, len(alive) // SHARE)
-        order = np.argsort(scores, kind="stable")
-        drop, keep = order[:count], np.sort(order[count:])
-        dropped.append(alive[drop])
-        weights, inverse = _remove(weights, inverse, columns_of(drop, taps), columns_of(keep, taps))
-        alive = alive[keep]
+        ranking = np.argsort(scores, kind="stable")
+        drop, keep = place[ranking[:count]], np.sort(ranking[count:])
+        dropped.append(alive[ranking[:count]])
+        weights, inverse = _remove(weights, inverse, columns_of(drop, taps))
+        alive, place = alive[keep], place[keep]
+        if len(place) * taps <= COMPACT * len(inverse):
+            columns = columns_of(place, taps)
+            weights, inverse = weights[:, columns], inverse.T[np.ix_(columns, columns)].T
+            place = np.arange(len(alive))
     dropped.append(alive)
     return np.concatenate(dropped)[::-1].astype(np.int64)
 
 
 def removal_scores(weights: Array, inverse: Array, taps: int) -> Array:
-    """Return by how much J rises when one channel goes, for each; weights (m, k * taps), inverse (k * taps,) * 2."""
+    """Return by how much J rises when one channel goes, for each; shape (k,).
+
+    ``weights`` is (m, k * taps), ``inverse`` (k * taps, k * taps), of which the lower triangle is read.
+    """
     k = weights.shape[1] // taps
     if taps == 1:
         return np.einsum("mk,mk->k", weights, weights) / np.diagonal(inverse)
-    at = np.arange(k)
-    blocks = inverse.reshape(k, taps, k, taps)[at, :, at, :]
+    start, tap = np.arange(k)[:, None, None] * taps, np.arange(taps)
+    blocks = np.tril(inverse[start + tap[:, None], start + tap])
+    blocks += np.tril(blocks, -1).transpose(0, 2, 1)
     grams = weights.reshape(-1, k, taps).transpose(1, 2, 0)
     grams = grams @ grams.transpose(0, 2, 1)
     return np.einsum("kab,kba->k", np.linalg.inv(blocks), grams)
 
 
 def inverse_spd(matrix: Array) -> Array:
-    """Return the inverse of a symmetric positive definite matrix by Cholesky (potrf, potri)."""
+    """Return the inverse of a symmetric positive definite matrix."""
+    lower = _lower_inverse(matrix)
+    return np.tril(lower) + np.tril(lower, -1).T
+
+
+def _lower_inverse(matrix: Array) -> Array:
+    """Return the lower triangle of the inverse by Cholesky (potrf, potri), in Fortran order; above it is no data."""
     factor, _ = scipy.linalg.cho_factor(matrix, lower=True, check_finite=False)
     inverse, info = scipy.linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)
     if info:
         raise np.linalg.LinAlgError(f"potri failed with info {info}")
-    lower = np.tril(inverse)
-    lower += np.tril(inverse, -1).T
-    return lower
+    return np.asfortranarray(inverse)
 
 
-def _remove(weights: Array, inverse: Array, drop: Indices, keep: Indices) -> tuple[Array, Array]:
-    cross = inverse[np.ix_(drop, keep)]
-    factor = scipy.linalg.cho_factor(inverse[np.ix_(drop, drop)], lower=True, check_finite=False)
-    gain = scipy.linalg.cho_solve(factor, cross, check_finite=False)
-    return weights[:, keep] - weights[:, drop] @ gain, inverse[np.ix_(keep, keep)] - cross.T @ gain
+def _remove(weights: Array, inverse: Array, drop: Indices) -> tuple[Array, Array]:
+    """Take columns out of the regression; their rows of ``inverse`` become meaningless. Works in place on ``inverse``.
+
+    Only the lower triangle of ``inverse`` is valid and updated (half the work of a full product).
+    """
+    below = np.arange(len(inverse))[None, :] <= drop[:, None]
+    cross = np.where(below, inverse[drop], inverse[:, drop].T)
+    factor = scipy.linalg.cholesky(cross[:, drop], lower=True, check_finite=False)
+    half = scipy.linalg.solve_triangular(factor, cross, lower=True, check_finite=False)
+    removed = scipy.linalg.solve_triangular(factor, weights[:, drop].T, lower=True, check_finite=False)
+    weights = weights - removed.T @ half
+    inverse = scipy.linalg.blas.dsyrk(-1.0, half, beta=1.0, c=inverse, trans=1, lower=1, overwrite_c=1)
+    inverse[drop, drop] = 1.0  # a unit pivot keeps the block of a gone channel invertible
+    return weights, inverse

@@ -7,18 +7,23 @@ method is fully described by the supports it tries, the metric of its basis, and
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
 from onnx_lrs.solvers.channels import eliminate
+from onnx_lrs.solvers.moments import Moments
 from onnx_lrs.solvers.problem import Array, Budget, Candidate, Factors, Indices, Problem, columns_of, objective
 from onnx_lrs.solvers.spectral import (
     DAMPING,
+    Curve,
     Reduced,
     Split,
     assemble,
+    choose_damping,
     damped,
     losses,
+    prefix_curves,
     reduce_rows,
     splits,
     unexplained,
@@ -32,12 +37,10 @@ ROUNDS = 4  # of re-choosing the support; the objective falls by less than 1e-4 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """All approximations a method offers for one layer."""
+    """All approximations a method offers for one layer; the curves are made one by one, once."""
 
-    reduced: Reduced
-    splits: tuple[Split, ...]
+    curves: Iterable[Curve]
     damping: float = DAMPING
-    shift: bool = True
 
 
 def kept_counts(channels: int, rows: int, multiple: int) -> list[int]:
@@ -52,46 +55,54 @@ def kept_counts(channels: int, rows: int, multiple: int) -> list[int]:
 
 def hsvd(problem: Problem, multiple: int, damping: float) -> Family:
     """Low rank in the H-metric (METHODS 2): U from the eigenproblem of W H W^T, exact for every rank."""
-    reduced = reduce_rows(problem.weight)
-    order = np.arange(problem.channels)
-    return Family(reduced, tuple(splits(reduced.target, damped(problem, damping), order, [0], problem.taps)), damping)
-
-
-def svd(problem: Problem, multiple: int, damping: float) -> Family:
-    """Plain truncated SVD of the weights; sees no data, so the bias stays too. A baseline."""
-    reduced = reduce_rows(problem.weight)
-    order = np.arange(problem.channels)
-    return Family(reduced, tuple(splits(reduced.target, None, order, [0], problem.taps)), shift=False)
+    target, metric = reduce_rows(problem.weight).target, damped(problem, damping)
+    return Family(prefix_curves(problem, target, metric, np.arange(problem.channels), ([0], [])), damping)
 
 
 def channels(problem: Problem, multiple: int, damping: float) -> Family:
     """Kept input channels only: exact backward elimination, least-squares refit (METHODS 3)."""
-    reduced = reduce_rows(problem.weight)
-    metric = damped(problem, damping)
-    order = importance(reduced.target, metric, problem.taps)
+    target, metric = reduce_rows(problem.weight).target, damped(problem, damping)
+    order = importance(target, metric, problem.taps)
     counts = range(multiple, problem.channels, multiple)
-    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps, low_rank=False)), damping)
+    return Family(prefix_curves(problem, target, metric, order, ([], counts)), damping)
+
+
+def lrs(problem: Problem, multiple: int, damping: float) -> Family:
+    """Low rank and kept channels together; contains all of hsvd and all of ``channels``, so it is never worse."""
+    target, metric = reduce_rows(problem.weight).target, damped(problem, damping)
+    order = importance(target, metric, problem.taps)
+    ranked = [0, *kept_counts(problem.channels, len(target), multiple)]
+    plain = sorted(set(range(multiple, problem.channels, multiple)) - set(ranked))
+    return Family(prefix_curves(problem, target, metric, order, (ranked, plain)), damping)
+
+
+def svd(problem: Problem, multiple: int, damping: float) -> Family:
+    """Plain truncated SVD of the weights; sees no data, so the bias stays too. A baseline."""
+    return _data_free(problem, [data_free_split(problem, NO_CHANNELS, low_rank=True)])
 
 
 def magnitude(problem: Problem, multiple: int, damping: float) -> Family:
     """Keep the input channels with the largest weights, unchanged; sees no data. A baseline."""
-    reduced = reduce_rows(problem.weight)
-    order = importance(reduced.target, None, problem.taps)
-    none = np.zeros((len(reduced.target), 0))
-    found = [
-        Split(order[:k], reduced.target[:, columns_of(order[:k], problem.taps)], none)
-        for k in range(multiple, problem.channels, multiple)
-    ]
-    return Family(reduced, tuple(found), shift=False)
+    order = importance(problem.weight, None, problem.taps)
+    counts = range(multiple, problem.channels, multiple)
+    return _data_free(problem, [data_free_split(problem, order[:k], low_rank=False) for k in counts])
 
 
-def lrs(problem: Problem, multiple: int, damping: float) -> Family:
-    """Low rank and kept channels together; contains hsvd and the supports of ``channels``, so it is never worse."""
-    reduced = reduce_rows(problem.weight)
-    metric = damped(problem, damping)
-    order = importance(reduced.target, metric, problem.taps)
-    counts = [0, *kept_counts(problem.channels, len(reduced.target), multiple)]
-    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps)), damping)
+def data_free_split(problem: Problem, support: Indices, low_rank: bool) -> Split:
+    """Return the split of a method that looks at the weights only: they stay as they are on the support."""
+    target = reduce_rows(problem.weight).target
+    if low_rank:
+        (split,) = splits(target, None, np.arange(problem.channels), [0], problem.taps)
+        return split
+    return Split(support, target[:, columns_of(support, problem.taps)], np.zeros((len(target), 0)))
+
+
+def _data_free(problem: Problem, found: Iterable[Split]) -> Family:
+    target, moments = reduce_rows(problem.weight).target, problem.validation or problem.moments
+    return Family(
+        Curve(s.support, losses(unexplained(target, s, problem.taps), s.basis, moments, problem.affine, None))
+        for s in found
+    )
 
 
 def importance(target: Array, metric: Array | None, taps: int) -> Indices:
@@ -104,20 +115,24 @@ def importance(target: Array, metric: Array | None, taps: int) -> Indices:
 
 def candidates(problem: Problem, family: Family, multiple: int) -> list[Candidate]:
     """Return every (rank, support) of the family that is smaller than the dense layer, judged on the validation moments."""
-    moments = problem.validation or problem.moments
-    centre = problem.moments.mean if family.shift and problem.moments is not None else None
-    scale = objective(problem.weight, np.zeros_like(problem.weight), moments, problem.affine)
+    scale = _reference(problem, problem.validation or problem.moments)
     found = []
-    for split in family.splits:
-        rest = unexplained(family.reduced.target, split, problem.taps)
-        most = min(split.basis.shape[1], problem.params // problem.rank_cost)
-        curve = losses(rest, split.basis[:, :most], moments, problem.affine, centre) / max(scale, 1e-300)
+    for curve in family.curves:
+        most = min(len(curve.losses) - 1, problem.params // problem.rank_cost)
         for rank in range(0, most + 1, multiple):
-            params = rank * problem.rank_cost + len(split.support) * problem.taps * problem.out
+            params = rank * problem.rank_cost + len(curve.support) * problem.taps * problem.out
             if 0 < params <= LARGEST * problem.params:
-                form = form_of(rank, len(split.support))
-                found.append(Candidate(form, rank, params, curve[rank], split.support, family.damping))
+                form, loss = form_of(rank, len(curve.support)), float(curve.losses[rank] / scale)
+                found.append(Candidate(form, rank, params, loss, curve.support, family.damping))
     return found
+
+
+def _reference(problem: Problem, moments: Moments | None) -> float:
+    """Return what J is relative to: the output's variance, or 1e-12 of its squared mean if it hardly varies."""
+    varies = objective(problem.weight, np.zeros_like(problem.weight), moments, problem.affine)
+    means = [m.mean for m in (problem.moments, problem.validation) if m is not None]
+    constant = max((float(np.sum(np.square(problem.weight @ mean))) for mean in means), default=0.0)
+    return max(varies, 1e-12 * constant, 1e-300)
 
 
 def form_of(rank: int, kept: int) -> str:
@@ -156,6 +171,16 @@ def _solve_split(problem: Problem, reduced: Reduced, metric: Array | None, suppo
     order = np.concatenate([support, others]).astype(np.int64)
     (split,) = splits(reduced.target, metric, order, [len(support)], problem.taps)
     return assemble(problem, reduced, split, rank)
+
+
+def exactly(problem: Problem, rank: int, kept: int) -> Candidate | None:
+    """Return the candidate of :func:`lrs` with this rank and number of kept channels, or None if it saves nothing."""
+    params = rank * problem.rank_cost + kept * problem.taps * problem.out
+    if not 0 < params < problem.params:
+        return None
+    damping = choose_damping(problem)
+    order = importance(reduce_rows(problem.weight).target, damped(problem, damping), problem.taps)
+    return Candidate(form_of(rank, kept), rank, params, float("nan"), order[:kept], damping)
 
 
 def best_within(found: list[Candidate], budget: Budget) -> Candidate | None:

@@ -88,8 +88,9 @@ class Accumulator:
         if not self._count:
             raise ValueError("no columns were added")
         self._scatter /= self._count
-        scatter, self._scatter = self._scatter, np.zeros((0, 0))
-        return Moments(self._count, self._mean, scatter)
+        found = Moments(self._count, self._mean, self._scatter)
+        self._count, self._scatter = 0, np.zeros((0, 0))
+        return found
 
 
 def permuted(m: Moments, order: NDArray[np.int64]) -> Moments:

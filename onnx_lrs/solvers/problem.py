@@ -39,8 +39,8 @@ class Problem:
 
     Parameters
     ----------
-    weight : ndarray, shape (out, d), float64
-        The layer's matrix W, ``d = channels * taps``, channel-major.
+    weight : ndarray, shape (out, d)
+        The layer's matrix W, ``d = channels * taps``, channel-major; kept as float64.
     taps : int
         Columns that belong to one input channel (kernel positions of a convolution, 1 for a matrix product).
     moments : Moments or None
@@ -64,7 +64,8 @@ class Problem:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        out, d = self.weight.shape
+        object.__setattr__(self, "weight", np.asarray(self.weight, np.float64))
+        d = self.weight.shape[1]
         if d % self.taps:
             raise ValueError(f"{d} columns are no multiple of {self.taps} taps")
         if not np.isfinite(self.weight).all():
@@ -72,6 +73,8 @@ class Problem:
         for m in (self.moments, self.validation):
             if m is not None and m.mean.shape != (d,):
                 raise ValueError(f"moments of {m.mean.shape[0]} columns for a weight of {d}")
+            if m is not None and not (np.isfinite(m.mean).all() and np.isfinite(np.diagonal(m.cov)).all()):
+                raise ValueError("the moments have values that are not finite")  # |h_ij| <= sqrt(h_ii h_jj)
 
     @property
     def out(self) -> int:
@@ -119,8 +122,11 @@ class Budget:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        if (self.params is None) == (self.rank is None or self.channels is None):
+        given = tuple(value is not None for value in (self.params, self.rank, self.channels))
+        if given not in ((True, False, False), (False, True, True)):
             raise ValueError("a layer budget takes either params, or rank and channels")
+        if self.multiple < 1:
+            raise ValueError(f"ranks and kept channels cannot be multiples of {self.multiple}")
 
 
 @dataclasses.dataclass(frozen=True)

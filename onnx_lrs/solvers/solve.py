@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from onnx_lrs.solvers import closed_form
-from onnx_lrs.solvers.closed_form import Family, best_within, candidates, refit
+from onnx_lrs.solvers.closed_form import Family, best_within, candidates, data_free_split, exactly, refit
 from onnx_lrs.solvers.problem import Budget, Candidate, Factors, Problem, Solution, Status, objective
-from onnx_lrs.solvers.spectral import assemble, choose_damping
+from onnx_lrs.solvers.spectral import assemble, choose_damping, reduce_rows
 
 METHODS: dict[str, Callable[[Problem, int, float], Family]] = {
     "lrs": closed_form.lrs,
@@ -59,19 +59,22 @@ def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
     """
     if budget.params is not None and budget.params >= problem.params:
         return Solution(Status.DENSE, None, 0.0)
-    family = METHODS[method](problem, budget.multiple, choose_damping(problem))
-    chosen = best_within(candidates(problem, family, budget.multiple), budget)
+    if budget.rank is not None and budget.channels is not None and method == "lrs":
+        chosen = exactly(problem, budget.rank, budget.channels)  # any split, not only those on the curves
+    else:
+        family = METHODS[method](problem, budget.multiple, choose_damping(problem))
+        chosen = best_within(candidates(problem, family, budget.multiple), budget)
     if chosen is None:
-        return Solution(Status.INFEASIBLE, None, objective(problem.weight, 0 * problem.weight, problem.moments))
-    return fit(problem, chosen, method, family)
+        nothing = objective(problem.weight, 0 * problem.weight, problem.moments, problem.affine)
+        return Solution(Status.INFEASIBLE, None, nothing)
+    return fit(problem, chosen, method)
 
 
-def fit(problem: Problem, chosen: Candidate, method: str, family: Family | None = None) -> Solution:
+def fit(problem: Problem, chosen: Candidate, method: str) -> Solution:
     """Solve for the rank and support of a candidate (made on other moments, perhaps)."""
     if method in closed_form.DATA_FREE:  # nothing to refit
-        family = family or METHODS[method](problem, 1, chosen.damping)
-        (split,) = (s for s in family.splits if len(s.support) == len(chosen.support))
-        factors = assemble(problem, family.reduced, split, chosen.rank, shift=False)
+        split = data_free_split(problem, chosen.support, low_rank=chosen.rank > 0)
+        factors = assemble(problem, reduce_rows(problem.weight), split, chosen.rank, shift=False)
         history: tuple[float, ...] = ()
     else:
         factors, history = refit(problem, chosen)

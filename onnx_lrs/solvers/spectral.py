@@ -15,7 +15,7 @@ behind K.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -39,6 +39,14 @@ class Split:
     support: Indices
     coefficients: Array
     basis: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """J on the judging samples for rank 0 ... len(losses) - 1 beside a support."""
+
+    support: Indices
+    losses: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +115,8 @@ def damped(problem: Problem, damping: float = DAMPING) -> Array | None:
 
 def splits(
     target: Array, metric: Array | None, order: Indices, counts: Sequence[int], taps: int, low_rank: bool = True
-) -> list[Split]:
-    """Return a :class:`Split` for each prefix length in ``counts`` of the channel ``order``.
+) -> Iterator[Split]:
+    """Yield a :class:`Split` for each prefix length in ``counts`` of the channel ``order``.
 
     ``target`` (m, d), ``metric`` (d, d) positive definite or None. Cost: one Cholesky of d x d, and per count one
     product of at most m x d x m and one eigenproblem of m x m (none with ``low_rank`` False: the basis is empty).
@@ -116,10 +124,11 @@ def splits(
     columns = columns_of(order, taps)
     ordered = target[:, columns]
     if metric is None:
-        return [_split(ordered, None, ordered, order[:k], low_rank, taps) for k in counts]
-    factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)], lower=True, overwrite_a=True, check_finite=False)
+        yield from (_split(ordered, None, ordered, order[:k], low_rank, taps) for k in counts)
+        return
+    factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)].T, lower=True, overwrite_a=True, check_finite=False)
     explained = ordered @ factor
-    return [_split(explained, factor, ordered, order[:k], low_rank, taps) for k in counts]
+    yield from (_split(explained, factor, ordered, order[:k], low_rank, taps) for k in counts)
 
 
 def _split(
@@ -132,6 +141,59 @@ def _split(
     rest = explained[:, k:]
     _, basis = np.linalg.eigh(rest @ rest.T)
     return Split(support, coefficients, np.ascontiguousarray(basis[:, ::-1]))
+
+
+def prefix_curves(
+    problem: Problem, target: Array, metric: Array | None, order: Indices, counts: tuple[Sequence[int], Sequence[int]]
+) -> Iterator[Curve]:
+    """Yield the error curve of each prefix of the channel ``order`` on the judging samples.
+
+    ``counts`` are the prefix lengths beside which every rank is tried, and those that stand alone. With ``x = C z`` (C
+    the Cholesky factor of the metric in the given order, V the judging samples' second moment about the fitted mean) the
+    error of prefix k is that of ``B[:, k:] z[k:]`` with ``B = T C``, whose moment is ``A = C^{-1} V C^{-T}``: neither the
+    factors nor the residuals have to be formed. Without rank all prefixes cost one product,
+    ``J(k) = sum of (A * B^T B)[k:, k:]``.
+    """
+    ranked, plain = counts
+    columns = columns_of(order, problem.taps)
+    explained, judged = target[:, columns], None
+    if metric is not None:
+        factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)], lower=True, overwrite_a=True)
+        explained = explained @ factor
+        judged = _whitened(_judging_moment(problem)[np.ix_(columns, columns)], factor)
+        del factor
+    for k in ranked:
+        rest = explained[:, k * problem.taps :]
+        basis = np.linalg.eigh(rest @ rest.T)[1][:, ::-1]
+        gram = rest @ (rest.T if judged is None else judged[k * problem.taps :, k * problem.taps :] @ rest.T)
+        yield Curve(order[:k], _dropped(gram, basis))
+    if len(plain):
+        tails = _tail_sums(explained.T @ explained, judged)
+        yield from (Curve(order[:k], tails[[k * problem.taps]]) for k in plain)
+
+
+def _judging_moment(problem: Problem) -> Array:
+    """Return E[(x - c)(x - c)^T] of the judging samples; c is the mean that the bias was fitted to, 0 without a bias."""
+    assert problem.moments is not None
+    judge = problem.validation or problem.moments
+    offset = judge.mean - problem.moments.mean if problem.affine else judge.mean
+    return judge.cov + np.outer(offset, offset)
+
+
+def _whitened(moment: Array, factor: Array) -> Array:
+    """Return ``factor^{-1} moment factor^{-T}``; overwrites ``moment``."""
+    half = scipy.linalg.solve_triangular(factor, moment, lower=True, overwrite_b=True)
+    return np.asarray(scipy.linalg.solve_triangular(factor, half.T, lower=True))
+
+
+def _tail_sums(gram: Array, weights: Array | None) -> Array:
+    """Return for every k the sum of ``(gram * weights)[k:, k:]`` (identity weights when None); overwrites ``gram``."""
+    if weights is None:
+        rows = np.diagonal(gram).copy()
+    else:
+        gram *= weights
+        rows = np.array([row[i] + 2.0 * row[i + 1 :].sum() for i, row in enumerate(gram)])
+    return np.maximum(np.append(np.cumsum(rows[::-1])[::-1], 0.0), 0.0)
 
 
 def _regress(explained: Array, factor: Array) -> Array:
@@ -160,8 +222,14 @@ def losses(rest: Array, basis: Array, moments: Moments | None, affine: bool, cen
         gram = rest @ moments.cov @ rest.T
         offset = rest @ (moments.mean if centre is None or not affine else moments.mean - centre)
         gram += np.outer(offset, offset)
+    return _dropped(gram, basis)
+
+
+def _dropped(gram: Array, basis: Array) -> Array:
+    """Return the trace of ``gram`` less what the first r columns of ``basis`` take of it, for r = 0, 1, ..."""
     gains = np.einsum("mr,mr->r", basis, gram @ basis)
-    return np.maximum(np.trace(gram) - np.concatenate([[0.0], np.cumsum(gains)]), 0.0)
+    left: Array = np.trace(gram) - np.concatenate([[0.0], np.cumsum(gains)])
+    return np.maximum(left, 0.0)
 
 
 def assemble(problem: Problem, reduced: Reduced, split: Split, rank: int, shift: bool = True) -> Factors:
