@@ -574,14 +574,17 @@ STOPS = {
     "as a weight": {"extra": [node("Conv", ["big", "t"], ["z"])], "outputs": ["z"]},
     "as input and weight": {"extra": [node("Conv", ["t", "t"], ["z"])], "outputs": ["z"]},
     "matmul": {"extra": [node("MatMul", ["t", "square"], ["z"])], "outputs": ["z"]},
-    "custom relu": {"extra": [node("Gelu", ["t"], ["z"], domain="com.microsoft")], "outputs": ["z"]},
+    "custom domain": {
+        "extra": [node("Gelu", ["t"], ["g"], domain="com.microsoft"), node("Reshape", ["g", "flat"], ["z"])],
+        "outputs": ["z"],
+    },
     "shape": {"extra": [node("Shape", ["t"], ["s"]), node("Cast", ["s"], ["z"], to=1)], "outputs": ["z"]},
 }
 
 
 @pytest.mark.parametrize("case", STOPS)
 def test_any_other_use_of_a_filter_keeps_it(case):
-    more = {"slope": normal(B, 1, 1), "big": normal(1, B, 12, 12), "square": normal(10, 40)}
+    more = {"slope": normal(B, 1, 1), "big": normal(1, B, 12, 12), "square": normal(10, 40), "flat": np.array([-1])}
     extra, outputs = STOPS[case]["extra"], STOPS[case]["outputs"]
     constants = {"w": w_conv(B, A), "b": normal(B), "w_second": w_conv(C, B, (1, 4, 19), 1)}
     constants |= {k: v for k, v in more.items() if any(k in n.input for n in extra)}
