@@ -22,14 +22,14 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def make(
     nodes: Sequence[onnx.NodeProto],
     inputs: Mapping[str, Sequence[int | str]],
-    outputs: Sequence[str],
+    outputs: Sequence[str] | Mapping[str, Sequence[int]],
     constants: Mapping[str, np.ndarray],
     *,
     opset: int = 17,
     ir: int | None = None,
     **graph: Any,
 ) -> onnx.ModelProto:
-    """Return a float model; shapes of outputs are inferred, and before IR 4 initialisers are inputs as well."""
+    """Return a float model; output shapes are given or inferred, and before IR 4 initialisers are inputs as well."""
     custom = {n.domain for n in nodes} - {""}
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in sorted(custom))]
     ir = ir or helper.find_min_ir_version_for(imports[:1])
@@ -37,7 +37,8 @@ def make(
     declared = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     if ir < 4:
         declared += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in tensors]
-    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    given = outputs if isinstance(outputs, Mapping) else dict.fromkeys(outputs)
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in given.items()]
     made = helper.make_graph(nodes, "graph", declared, results, tensors, **graph)
     model = helper.make_model(made, opset_imports=imports, ir_version=ir)
     known = {v.name: v for v in onnx.shape_inference.infer_shapes(model).graph.output}

@@ -618,13 +618,9 @@ MIXES = {
 def test_an_op_on_the_way_that_looks_at_channels_keeps_them(case):
     constants = {"w": w_conv(B, A), "b": normal(B), "w_second": w_conv(C, B, (1, 4, 19), 1)}
     constants |= {"slope": normal(B, 1, 1)} if case in ("prelu", "scale") else {}
-    first, second = (
-        node("Conv", ["x", "w", "b"], ["c"], name="first"),
-        node("Conv", ["t", "w_second"], ["y0"], name="second"),
-    )
-    last = node("Reshape", ["y0", "shape"], ["y"])  # whose shape is known behind a custom operator, too
-    constants["shape"] = np.array([2, C, 8, 8])
-    model = make([first, *MIXES[case], second, last], {"x": (2, A, 12, 12)}, ["y"], constants)
+    first = node("Conv", ["x", "w", "b"], ["c"], name="first")
+    second = node("Conv", ["t", "w_second"], ["y"], name="second")
+    model = make([first, *MIXES[case], second], {"x": (2, A, 12, 12)}, {"y": (2, C, 8, 8)}, constants)
     result = rewritten(model, reader_factors(model))
     assert not result.kept_outputs
     close(run(model), run(result.model))
@@ -694,6 +690,14 @@ def test_features_that_nobody_reads_go(first, second, bias):
     assert result.kept_outputs["h0" if first == "MatMul" and bias else "h"].tolist() == list(KEPT)
     assert ops(result.model) == ops(model)
     assert all(40 not in shape for shape in shapes(result.model).values())
+    close(run(model), run(result.model))
+
+
+def test_a_dense_gemm_that_loses_features_has_its_flags_multiplied_out():
+    flags = {"alpha": 0.5, "beta": 3.0, "transB": 1}
+    model, factors = chain(BETWEEN, "Gemm", "Gemm", KEPT, normal(40), **flags)
+    result = rewritten(model, {"second": factors})
+    assert result.kept_outputs["h"].tolist() == list(KEPT)
     close(run(model), run(result.model))
 
 

@@ -179,4 +179,4 @@ def feature_axis(layer: Layer, ranks: Mapping[str, int]) -> int:
         return 1
     if layer.op == "Gemm":
         return 0 if layer.geometry.trans_a else 1
-    return max(ranks[layer.input] - (2 if layer.geometry.weight_left else 1), 0)
+    return ranks[layer.input] - (2 if layer.geometry.weight_left else 1)
