@@ -302,6 +302,20 @@ def test_reads_count_operands_and_readers_are_sole_if_nothing_else_reads():
     assert view.sole_reader("y") is None
 
 
+def test_a_tensor_that_a_subgraph_hands_on_has_no_sole_reader():
+    out = helper.make_tensor_value_info("a", TensorProto.FLOAT, None)
+    branch = helper.make_graph([], "branch", [], [out])
+    nodes = [
+        node("Relu", ["x"], ["a"]),
+        node("Neg", ["a"], ["b"]),
+        node("If", ["yes"], ["i"], then_branch=branch, else_branch=branch),
+        node("Add", ["b", "i"], ["y"]),
+    ]
+    view = View(make(nodes, {"x": (2,)}, {"y": (2,)}, {"yes": np.array(True)}))
+    assert view.sole_reader("a") is None
+    assert view.sole_reader("b").op == "Add"
+
+
 def test_weights_are_counted_once_and_indices_not():
     nodes = [node("Constant", [], ["k"], value=numpy_helper.from_array(normal(3))), node("Add", ["x", "k"], ["y"])]
     model = make(nodes, {"x": (2, 3)}, ["y"], {"i": np.arange(9), "w": normal(4, 5)})
@@ -314,8 +328,12 @@ def test_weights_are_counted_once_and_indices_not():
 
 def test_stdout_stays_empty(tmp_path, capfd):
     """onnx-graphsurgeon's logger prints to stdout, where --json has to stay alone."""
+    sparse = helper.make_sparse_tensor(
+        numpy_helper.from_array(np.ones(1, np.float32)), numpy_helper.from_array(np.array([3])), [9]
+    )
     nodes = [
         node("Constant", [], ["w"], value=numpy_helper.from_array(normal(SIZE, SIZE))),
+        node("Constant", [], ["unknown"], sparse_value=sparse),  # an attribute that it warns about
         node("Gemm", ["x", "w"], ["g"], name="same"),
         node("Unheard", ["g"], ["u"], name="same", domain="org.example"),
         node("Relu", ["u"], ["y"]),
