@@ -19,7 +19,7 @@ def tensors_to_measure(view: View) -> list[str]:
     for node in view.nodes:
         if node.op in COUNTED and is_standard(node.domain):
             for tensor in (*node.inputs[:2], node.outputs[0]):
-                if tensor.name not in view.inputs and not view.is_constant(tensor.name):
+                if tensor.name not in view.inputs and view.stored_shape(tensor.name) is None:
                     names[tensor.name] = None
     return list(names)
 
@@ -27,7 +27,7 @@ def tensors_to_measure(view: View) -> list[str]:
 def macs_by_node(view: View, shapes: Shapes) -> dict[str, int]:
     """Return multiply-accumulates of one run by the node's first output.
 
-    Counted are Conv, ConvTranspose, Gemm and MatMul of the main graph; ``shapes`` holds the measured tensors and inputs.
+    Counted are Conv, ConvTranspose, Gemm and MatMul of the main graph; ``shapes`` holds measured tensors and inputs.
     """
     return {
         node.outputs[0].name: _macs(view, node, shapes)
@@ -47,4 +47,6 @@ def _macs(view: View, node: gs.Node, shapes: Shapes) -> int:
 
 
 def _shape(view: View, name: str, shapes: Shapes) -> tuple[int, ...]:
-    return tuple(shapes[name]) if name in shapes else view.constant_shape(name)
+    shape = shapes[name] if name in shapes else view.stored_shape(name)
+    assert shape is not None  # tensors_to_measure asked for it
+    return tuple(shape)

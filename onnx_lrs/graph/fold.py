@@ -16,19 +16,26 @@ from onnx_lrs.graph.splice import Edit, Names, splice
 
 
 def fold_batch_norm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
-    """Return the model with every foldable BatchNormalization merged into its Conv, and how many there were."""
+    """Return the model with every foldable BatchNormalization merged into its Conv, and how many there were.
+
+    Without any, that is the model itself, not a copy.
+    """
     view, names = View(model), Names(model)
     nodes: dict[str, list[gs.Node]] = {}
     for conv in view.nodes:
         norm = _foldable(view, conv)
         if norm is not None:
-            nodes[conv.outputs[0].name] = [_merged(view, names, conv, norm)]
-            nodes[norm.outputs[0].name] = []
-    return splice(model, Edit(nodes)), len(nodes) // 2
+            merged = _merged(view, names, conv, norm)
+            if merged is not None:
+                nodes |= {conv.outputs[0].name: [merged], norm.outputs[0].name: []}
+    return splice(model, Edit(nodes)) if nodes else model, len(nodes) // 2
 
 
-def _merged(view: View, names: Names, conv: gs.Node, norm: gs.Node) -> gs.Node:
+def _merged(view: View, names: Names, conv: gs.Node, norm: gs.Node) -> gs.Node | None:
+    """Return the Conv that does both; None if its numbers would not be finite (negative variance, NaN weight)."""
     weight, bias = _folded(view, conv, norm)
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        return None
     operands = [
         gs.Variable(conv.inputs[0].name),
         gs.Constant(names.fresh(f"{conv.inputs[1].name}_folded"), weight),
@@ -56,9 +63,10 @@ def _foldable(view: View, conv: gs.Node) -> gs.Node | None:
 
 def _folded(view: View, conv: gs.Node, norm: gs.Node) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     scale, beta, mean, var = (view.constant(t.name).astype(np.float64) for t in norm.inputs[1:5])
-    gain = scale / np.sqrt(var + norm.attrs.get("epsilon", 1e-5))
-    weight = view.constant(conv.inputs[1].name).astype(np.float64)
+    weight = view.constant(conv.inputs[1].name)
     has_bias = len(conv.inputs) > 2 and conv.inputs[2].name
     bias = view.constant(conv.inputs[2].name).astype(np.float64) if has_bias else np.zeros_like(mean)
-    shaped = gain.reshape(-1, *[1] * (weight.ndim - 1))
-    return (weight * shaped).astype(np.float32), ((bias - mean) * gain + beta).astype(np.float32)
+    with np.errstate(all="ignore"):
+        gain = scale / np.sqrt(var + norm.attrs.get("epsilon", 1e-5))
+        shaped = gain.reshape(-1, *[1] * (weight.ndim - 1))
+        return (weight * shaped).astype(np.float32), ((bias - mean) * gain + beta).astype(np.float32)

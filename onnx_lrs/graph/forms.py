@@ -1,8 +1,8 @@
 """Factors -> nodes, one form a function.
 
-``y = (left @ right + S) x + b``: ``right`` becomes a Conv with ``rank`` filters that carries the layer's strides, pads and
-dilations, ``left`` a 1x1 Conv (Gemm: two Gemms, MatMul: two MatMuls); S becomes a Gather of the kept channels and a layer of
-the same op on them; where both exist an Add joins them. The bias is added once, by the last node of a chain.
+``y = (left @ right + S) x + b``: ``right`` becomes a Conv with ``rank`` filters that carries the layer's strides, pads
+and dilations, ``left`` a 1x1 Conv (Gemm: two Gemms, MatMul: two MatMuls); S becomes a Gather of the kept channels and a
+layer of the same op on them; where both exist an Add joins them. The bias is added once, by the last node of a chain.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def build(site: Site, factors: AnyFactors) -> list[gs.Node]:
     if isinstance(factors, SpatialFactors):
         return _spatial(site, factors, x, y)
     if not factors.rank:
+        if not len(factors.kept):
+            raise ValueError(f"layer {site.layer.name!r}: factors of rank 0 that keep no channel")
         return _sparse(site, factors, x, y, with_bias=True)
     if not len(factors.kept):
         return _low_rank(site, factors, x, y)

@@ -54,8 +54,8 @@ class Layer:
     """One compressible layer; picklable, holds names and numbers only.
 
     ``node`` is the name of the node's first output, which identifies it in the graph. ``output`` is where the layer's
-    result with its bias appears (behind a following Add for a MatMul). ``bias`` is None if there is none, or if it is not
-    a constant row; ``affine`` says whether the rewriting can add a bias without a new node.
+    result with its bias appears (behind a following Add for a MatMul). ``bias`` is None if there is none, or if it is
+    not a constant row; ``affine`` says whether the rewriting can add a bias without a new node.
     """
 
     name: str
@@ -123,21 +123,28 @@ def find(view: View, exclude: Sequence[str] = ()) -> tuple[tuple[Layer, ...], tu
 def _constant_operand(view: View, node: gs.Node) -> tuple[int, ...]:
     """Return the shape of a layer's stored weight, whichever input it is; () if there is none."""
     for tensor in node.inputs:
-        source = tensor
-        if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
-            source = tensor.inputs[0].inputs[0]
-        stored = isinstance(source, gs.Constant) or view.is_constant(source.name)
-        if stored and len(shape := view.constant_shape(source.name)) > 1:
+        shape = view.stored_shape(_before_dequantization(tensor).name) or ()
+        if len(shape) > 1:
             return shape
     return ()
+
+
+def _before_dequantization(tensor: gs.Tensor) -> gs.Tensor:
+    if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
+        return tensor.inputs[0].inputs[0]
+    return tensor
 
 
 def _unique_names(nodes: Sequence[gs.Node]) -> list[str]:
     names: list[str] = []
     seen: set[str] = set()
     for node in nodes:
-        output = next((t.name for t in node.outputs if t.name), "")
-        name = node.name if node.name and node.name not in seen else output
+        name = node.name
+        if not name or name in seen:
+            output = name = next((t.name for t in node.outputs if t.name), "")
+            number = 1
+            while name in seen:
+                name, number = f"{output}_{number}", number + 1
         seen.add(name)
         names.append(name)
     return names
@@ -160,23 +167,20 @@ def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str]) -> La
     side = _weight_side(view, node)
     if isinstance(side, str):
         return side
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded by the user"
     weight = node.inputs[side].name
+    reason = _read_elsewhere(view, weight)
+    if reason:
+        return reason
     values = view.constant(weight)
-    reason = _weight_refused(view, name, weight, values)
+    reason = _values_refused(name, weight, values)
     if reason:
         return reason
     layer = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}[node.op](view, node, name, values)
-    if isinstance(layer, Layer):
-        return _too_small_or_excluded(layer, exclude) or layer
-    return layer
-
-
-def _too_small_or_excluded(layer: Layer, exclude: Sequence[str]) -> str | None:
-    if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in exclude):
-        return "excluded by the user"
-    if layer.params < SMALLEST:
+    if isinstance(layer, Layer) and layer.params < SMALLEST:
         return f"tiny: {layer.params} weights, below {SMALLEST} nothing is gained"
-    return None
+    return layer
 
 
 def _weight_side(view: View, node: gs.Node) -> int | str:
@@ -186,22 +190,29 @@ def _weight_side(view: View, node: gs.Node) -> int | str:
         return "both inputs are constant" if first else 1
     if first:
         return 0 if node.op == "MatMul" else f"the constant is the first input of the {node.op}, not the weight"
-    weight = node.inputs[1]
     if any(t.name in view.inputs and t.name in view.initialisers for t in node.inputs[:2]):
         return "its weight is a graph input, so a caller may replace it"
-    if weight.inputs and weight.inputs[0].op == "DequantizeLinear":
-        return "quantised weight (QDQ)"
+    if any(view.is_sparse(t.name) for t in node.inputs[:2]):
+        return "its weight is a sparse initialiser"
+    for tensor in node.inputs[:2]:
+        before = _before_dequantization(tensor)
+        if before is not tensor and view.is_constant(before.name):
+            return "quantised weight (QDQ)"
     return "its weight is computed in the graph" if node.op == "Conv" else "no constant weight (activations only)"
 
 
-def _weight_refused(view: View, layer: str, weight: str, values: NDArray[Any]) -> str | None:
-    if values.dtype != np.float32:
-        return f"weight of type {values.dtype}; only float32 is factorised"
+def _read_elsewhere(view: View, weight: str) -> str | None:
     for link in view.chain(weight):
         if link in view.outputs or link in view.captured:
             return "its weight is also a graph output or read by a subgraph"
         if view.reads(link) != 1:
             return "its weight is shared with another node"
+    return None
+
+
+def _values_refused(layer: str, weight: str, values: NDArray[Any]) -> str | None:
+    if values.dtype != np.float32:
+        return f"weight of type {values.dtype}; only float32 is factorised"
     if not np.isfinite(values).all():
         raise ModelError(
             f"The weight {weight!r} of layer {layer!r} has values that are not finite.",

@@ -1,13 +1,14 @@
 """Load and save a ModelProto, and look at it through onnx-graphsurgeon.
 
-What onnx-graphsurgeon loses on export (metadata_props, doc strings, attributes it does not know, the order of value_info;
-measured on 0.6.1) cannot be lost here, because we never export a whole graph with it: it reads the graph and builds new
-nodes, and those nodes are spliced into a copy of the user's ModelProto. Everything that is not replaced stays as it was,
-byte for byte.
+What onnx-graphsurgeon loses on export (metadata_props, doc strings, attributes it does not know, the order of
+value_info; measured on 0.6.1) cannot be lost here, because we never export a whole graph with it: it reads the graph
+and builds new nodes, and those nodes are spliced into a copy of the user's ModelProto. Everything that is not replaced
+stays as it was, byte for byte.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -28,6 +29,7 @@ from onnx_lrs.data import TensorSpec
 from onnx_lrs.errors import ModelError, OutputError
 
 OLDEST_OPSET = 7
+INITIALISERS_NO_INPUTS = 4  # the IR version since which an initialiser need not be listed as a graph input
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2^31 - 1, the rest is room for the graph
 CONSTANT_FORMS = ("value", "value_float", "value_floats", "value_int", "value_ints")
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
@@ -49,8 +51,7 @@ def load(source: ModelSource) -> onnx.ModelProto:
     else:
         path = pathlib.Path(source)
         model = _read(path)
-        _check_external_data(model, path.parent)
-        load_external_data_for_model(model, str(path.parent))
+        _load_external_data(model, path.parent)
     _check_usable(model)
     return model
 
@@ -91,6 +92,17 @@ def _check_usable(model: onnx.ModelProto) -> None:
             f"The model uses opset {version}; {OLDEST_OPSET} is the oldest supported.",
             "Convert it first: onnx.version_converter.convert_version(model, 17).",
         )
+
+
+def _load_external_data(model: onnx.ModelProto, folder: pathlib.Path) -> None:
+    try:
+        _check_external_data(model, folder)
+        load_external_data_for_model(model, str(folder))
+    except (onnx.checker.ValidationError, ValueError, OSError) as error:  # onnx also refuses links and odd offsets
+        raise ModelError(
+            f"The model's external data cannot be read: {error}",
+            "Save the model again with its data file beside it (onnx.save with save_as_external_data=True).",
+        ) from None
 
 
 def _check_external_data(model: onnx.ModelProto, folder: pathlib.Path) -> None:
@@ -179,8 +191,9 @@ def save(model: onnx.ModelProto, path: pathlib.Path, external: bool) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             _write(model, pathlib.Path(folder) / path.name, external)
             for name in (external_name(path), path.name):  # the model last: it must not point to data not yet there
-                if (pathlib.Path(folder) / name).exists():
-                    os.replace(pathlib.Path(folder) / name, path.parent / name)
+                written = pathlib.Path(folder) / name
+                if written.exists():
+                    written.replace(path.parent / name)
     except FileNotFoundError:
         raise OutputError(f"The folder {path.parent} does not exist.", "Create it first.") from None
     except OSError as error:
@@ -218,6 +231,8 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     if not value.type.HasField("tensor_type"):
         raise ModelError(f"{value.name!r} is not a tensor; models with sequences or maps are not supported.")
     tensor = value.type.tensor_type
+    if tensor.elem_type == TensorProto.UNDEFINED:
+        raise ModelError(f"{value.name!r} has no element type.", "Export the model again, or run onnx.shape_inference.")
     dims = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
     return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), dims)
 
@@ -244,31 +259,38 @@ class View:
         with _quiet_graphsurgeon():
             self.graph = gs.import_onnx(model)
         self.opset = opset(model)
-        self.inputs = {t.name for t in self.graph.inputs} | {v.name for v in model.graph.input}
-        self.outputs = {t.name for t in self.graph.outputs}
+        self.initialisers = {t.name for t in model.graph.initializer}
+        self.inputs = {v.name for v in model.graph.input}
+        if (
+            model.ir_version < INITIALISERS_NO_INPUTS
+        ):  # listed because they had to be; ONNX Runtime lets nobody feed them
+            self.inputs -= self.initialisers
+        self.outputs = {v.name for v in model.graph.output}
         self.tensors: dict[str, gs.Tensor] = dict(self.graph.tensors())
         self.nodes: list[gs.Node] = list(self.graph.nodes)
         self.captured = _captured_by_subgraphs(self.graph)
-        self.initialisers = {t.name for t in model.graph.initializer}
         self._stored = _stored_constants(model)
+        self._sparse_shapes = {t.values.name: tuple(t.dims) for t in model.graph.sparse_initializer}
+        self._reads = collections.Counter(t.name for node in self.nodes for t in node.inputs)
 
     def readers(self, name: str) -> list[gs.Node]:
-        """Return the nodes of the main graph that read a tensor."""
+        """Return the nodes that read a tensor, once for each operand; those of subgraphs included."""
         return list(self.tensors[name].outputs) if name in self.tensors else []
 
     def reads(self, name: str) -> int:
         """Return how many node inputs of the main graph are this tensor."""
-        return sum(t.name == name for node in self._distinct_readers(name) for t in node.inputs)
-
-    def _distinct_readers(self, name: str) -> list[gs.Node]:
-        return list({id(node): node for node in self.readers(name)}.values())
+        return self._reads[name]
 
     def sole_reader(self, name: str) -> gs.Node | None:
-        """Return the only reader of a tensor that is read nowhere else: no graph output, no subgraph, no second node."""
-        readers = self._distinct_readers(name)
-        if len(readers) != 1 or name in self.outputs or name in self.captured:
+        """Return the only reader of a tensor that is read nowhere else: no graph output, subgraph or second node."""
+        readers = self.readers(name)
+        if not readers or name in self.outputs or name in self.captured:
             return None
-        return readers[0]
+        return readers[0] if all(node is readers[0] for node in readers) else None
+
+    def is_sparse(self, name: str) -> bool:
+        """Return whether a tensor is a sparse initialiser."""
+        return name in self._sparse_shapes
 
     def is_constant(self, name: str) -> bool:
         """Return whether a tensor is a constant; see :meth:`constant`."""
@@ -296,10 +318,18 @@ class View:
         value = self.constant(node.inputs[0].name)
         return value if node.op == "Identity" else np.transpose(value, node.attrs.get("perm"))
 
-    def constant_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a constant tensor."""
-        stored = self._stored.get(name)
-        return tuple(stored.dims) if isinstance(stored, TensorProto) else self.constant(name).shape
+    def stored_shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor stored in the model (constant, sparse or a default); None if it is computed."""
+        if name in self._sparse_shapes:
+            return self._sparse_shapes[name]
+        if name in self._stored:
+            return _shape_of(self._stored[name])
+        node = self._static_producer(name)
+        shape = self.stored_shape(node.inputs[0].name) if node is not None else None
+        if node is None or shape is None or node.op == "Identity":
+            return shape
+        order = node.attrs.get("perm") or reversed(range(len(shape)))
+        return tuple(shape[axis] for axis in order)
 
     def _static_producer(self, name: str) -> gs.Node | None:
         """Return the Identity or Transpose node that makes a tensor, if one does."""
@@ -327,22 +357,33 @@ def _stored_constants(model: onnx.ModelProto) -> dict[str, TensorProto | onnx.At
     """Return initialisers and the values of Constant nodes by tensor name."""
     stored: dict[str, TensorProto | onnx.AttributeProto] = {t.name: t for t in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "Constant" and is_standard(node.domain) and node.attribute[0].name in CONSTANT_FORMS:
-            stored[node.output[0]] = node.attribute[0]
+        if node.op_type == "Constant" and is_standard(node.domain):
+            for attribute in node.attribute:
+                if attribute.name in CONSTANT_FORMS:
+                    stored[node.output[0]] = attribute
     return stored
 
 
 def _loaded(stored: TensorProto | onnx.AttributeProto) -> NDArray[Any]:
-    if isinstance(stored, TensorProto):
-        return numpy_helper.to_array(stored)
-    value = onnx.helper.get_attribute_value(stored)
-    if isinstance(value, TensorProto):
+    value = stored if isinstance(stored, TensorProto) else onnx.helper.get_attribute_value(stored)
+    if not isinstance(value, TensorProto):
+        return np.asarray(value, np.float32 if stored.name.startswith("value_float") else np.int64)
+    try:
         return numpy_helper.to_array(value)
-    return np.asarray(value, np.float32 if stored.name.startswith("value_float") else np.int64)
+    except ValueError:
+        raise ModelError(
+            f"The data of tensor {value.name or stored.name!r} does not fill its shape {list(value.dims)}.",
+            "The model is damaged; export or copy it again.",
+        ) from None
+
+
+def _shape_of(stored: TensorProto | onnx.AttributeProto) -> tuple[int, ...]:
+    value = stored if isinstance(stored, TensorProto) else onnx.helper.get_attribute_value(stored)
+    return tuple(value.dims) if isinstance(value, TensorProto) else np.shape(value)
 
 
 def _captured_by_subgraphs(graph: gs.Graph) -> set[str]:
-    """Return every tensor name that a node inside If, Loop or Scan reads (own names of the subgraph included: harmless)."""
+    """Return every tensor name read inside If, Loop or Scan (names of the subgraph's own included: harmless)."""
     return {t.name for sub in graph.subgraphs(recursive=True) for t in _reads(sub)}
 
 

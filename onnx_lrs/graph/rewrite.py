@@ -1,8 +1,8 @@
 """Put the factors of all layers into the graph, and take out filters that nobody reads any more.
 
-A filter (output channel) of a producer is dead when every path from it ends in a layer that has dropped the channel. Then
-the row goes from the producer's weights, the readers' channel numbers are renumbered, and a reader that keeps all that is
-left needs no Gather.
+A filter (output channel) of a producer is dead when every path from it ends in a layer that has dropped the channel.
+Then the row goes from the producer's weights, the readers' channel numbers are renumbered, and a reader that keeps all
+that is left needs no Gather.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def alive_outputs(
     alive: dict[str, Indices] = {}
     reshaped: set[str] = set()
     for layer in layers:
-        reach = _readers_behind(view, layer)
+        reach = None if _passed_bias(view, layer) else _readers_behind(view, layer)
         if reach is None or not reach[0] or any(reader not in reads for reader in reach[0]):
             continue
         readers, passed = reach
@@ -158,7 +158,7 @@ def alive_outputs(
 
 
 def _readers_behind(view: View, layer: Layer) -> tuple[list[str], set[str]] | None:
-    """Return the nodes that read the layer's channels and the tensors passed on the way, or None if a path leaves them."""
+    """Return the nodes that read the layer's channels and the tensors on the way, or None if a path leaves them."""
     wanted_axis_ops = ELEMENTWISE | POOLS if layer.op == "Conv" else ELEMENTWISE
     found: list[str] = []
     passed = {layer.node}

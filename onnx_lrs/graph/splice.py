@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnx_lrs.graph.model import array_tensor, is_standard
+from onnx_lrs.graph.model import INITIALISERS_NO_INPUTS, array_tensor, is_standard
 
 CONSTANT_OPS = ("Constant", "Identity", "Transpose")
 
@@ -23,14 +23,10 @@ CONSTANT_OPS = ("Constant", "Identity", "Transpose")
 class Edit:
     """What to change, keyed by the first output of the node concerned.
 
-    ``nodes`` gives the nodes that take the place of one, ``inputs`` a new input name for an operand ``(node, position)``,
-    ``outputs`` a new name for a node's first output, ``reshaped`` the tensors whose shape changes.
+    ``nodes`` gives the nodes that take the place of one, ``reshaped`` the tensors whose shape changes.
     """
 
     nodes: Mapping[str, Sequence[gs.Node]] = dataclasses.field(default_factory=dict)
-    inputs: Mapping[tuple[str, int], str] = dataclasses.field(default_factory=dict)
-    outputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    constants: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     reshaped: frozenset[str] = frozenset()
 
 
@@ -69,31 +65,18 @@ def _subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
 def splice(model: onnx.ModelProto, edit: Edit) -> onnx.ModelProto:
     """Return a copy of the model with the edit applied and what became unused by it removed."""
     nodes: list[onnx.NodeProto] = []
-    created: dict[str, NDArray[Any]] = dict(edit.constants)
+    created: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:
         key = node.output[0] if node.output else ""
-        if key in edit.nodes:
-            for made in edit.nodes[key]:
-                nodes.append(OnnxExporter.export_node(made))
-                created |= {t.name: t.values for t in made.inputs if isinstance(t, gs.Constant)}
-        else:
-            nodes.append(_renamed(node, key, edit))
+        if key not in edit.nodes:
+            nodes.append(node)
+            continue
+        for made in edit.nodes[key]:
+            nodes.append(OnnxExporter.export_node(made))
+            created |= {t.name: t.values for t in made.inputs if isinstance(t, gs.Constant)}
     needed_before = _needed(model.graph, model.graph.node)
     nodes = _without_dead_constants(model.graph, nodes, needed_before)
     return _rebuilt(model, nodes, created, needed_before, edit.reshaped)
-
-
-def _renamed(node: onnx.NodeProto, key: str, edit: Edit) -> onnx.NodeProto:
-    changes = {i: edit.inputs[key, i] for i in range(len(node.input)) if (key, i) in edit.inputs}
-    if not changes and key not in edit.outputs:
-        return node
-    copy = onnx.NodeProto()
-    copy.CopyFrom(node)
-    for position, name in changes.items():
-        copy.input[position] = name
-    if key in edit.outputs:
-        copy.output[0] = edit.outputs[key]
-    return copy
 
 
 def _needed(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> set[str]:
@@ -131,22 +114,26 @@ def _rebuilt(
     needed_before: set[str],
     reshaped: frozenset[str],
 ) -> onnx.ModelProto:
-    needed = _needed(model.graph, nodes)
-    new = _shell(model, {"graph"})
-    new.graph.CopyFrom(_shell(model.graph, {"node", "initializer", "value_info"}))
+    old = model.graph
+    unread = needed_before - _needed(old, nodes)
+    gone = {t.name for t in old.initializer if t.name in unread}
+    unmade = {name for node in old.node for name in node.output} - {name for node in nodes for name in node.output}
+    untrue = gone | unmade | reshaped
+    new: onnx.ModelProto = _shell(model, {"graph"})
+    new.graph.CopyFrom(_shell(old, {"node", "initializer", "value_info", "input"}))
     new.graph.node.extend(nodes)
-    gone = {t.name for t in model.graph.initializer if t.name in needed_before and t.name not in needed}
-    for tensor in model.graph.initializer:
-        if tensor.name in created:
-            new.graph.initializer.append(array_tensor(created[tensor.name], tensor.name))
-        elif tensor.name not in gone:
-            new.graph.initializer.append(tensor)
-    known = {t.name for t in model.graph.initializer}
-    new.graph.initializer.extend(array_tensor(v, k) for k, v in created.items() if k not in known and k in needed)
-    alive = {name for node in nodes for name in node.output} | {t.name for t in new.graph.initializer}
-    alive |= {v.name for v in model.graph.input}
-    new.graph.value_info.extend(v for v in model.graph.value_info if v.name in alive and v.name not in reshaped)
+    new.graph.initializer.extend(t for t in old.initializer if t.name not in gone)
+    new.graph.initializer.extend(array_tensor(values, name) for name, values in created.items())
+    new.graph.value_info.extend(v for v in old.value_info if v.name not in untrue)
+    new.graph.input.extend(v for v in old.input if v.name not in gone)
+    if model.ir_version < INITIALISERS_NO_INPUTS:
+        new.graph.input.extend(_as_input(name, values) for name, values in created.items())
     return new
+
+
+def _as_input(name: str, values: NDArray[Any]) -> onnx.ValueInfoProto:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, values.shape)
 
 
 def _shell(message: Any, skip: set[str]) -> Any:

@@ -1,0 +1,441 @@
+"""Which layers are found, why others are not, and that ``W x + b`` is what ONNX Runtime computes."""
+
+import pickle
+import time
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_lrs.errors import ModelError
+from onnx_lrs.graph import layers as module
+from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
+from onnx_lrs.graph.layers import bias_row, find, weight_matrix
+from onnx_lrs.graph.model import View
+from onnx_lrs.graph.rewrite import rewrite
+from tests.builders import OPSETS, layout, make, node, normal, planted, run
+
+OUT, IN = 32, 40
+W = normal(IN, OUT)  # as Gemm and MatMul store it
+
+
+def search(model, exclude=()):
+    before = model.SerializeToString()
+    found = find(View(model), exclude)
+    assert model.SerializeToString() == before
+    assert pickle.loads(pickle.dumps(found)) == found
+    return found
+
+
+def reason(model, name="layer", exclude=()):
+    """Return why the layer was skipped; it must be listed as skipped, and only so."""
+    layers, skipped = search(model, exclude)
+    assert name not in [layer.name for layer in layers]
+    (found,) = [s for s in skipped if s.name == name]
+    return found.reason
+
+
+def build(nodes, inputs=None, constants=None, outputs=("y",), **options):
+    return make(nodes, inputs or {"x": (2, IN)}, outputs, {"w": W} if constants is None else constants, **options)
+
+
+def matmul(weight="w", output="y", source="x", name="layer"):
+    return node("MatMul", [source, weight], [output], name=name)
+
+
+def conv_model(weight, channels, bias=True, **attrs):
+    constants = {"w": weight} | ({"b": normal(len(weight))} if bias else {})
+    nodes = [node("Conv", ["x", *constants], ["y"], name="layer", **attrs)]
+    return build(nodes, {"x": (2, channels, *[7] * (weight.ndim - 2))}, constants)
+
+
+# ---------------------------------------------------------------- eligible: W x + b
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_conv_is_w_times_its_columns_plus_b(opset, bias):
+    weight = normal(OUT, 5, 3, 3)
+    constants = {"w": weight} | ({"b": normal(OUT)} if bias else {})
+    attrs = {"strides": [2, 1], "pads": [1, 0, 0, 1], "dilations": [1, 2]}
+    model = build(
+        [node("Conv", ["x", *constants], ["y"], name="layer", **attrs)], {"x": (1, 5, 8, 9)}, constants, opset=opset
+    )
+    (layer,), skipped = search(model)
+    assert not skipped
+    assert (layer.op, layer.out, layer.channels, layer.taps, layer.params) == ("Conv", OUT, 5, 9, OUT * 45)
+    assert (layer.geometry.kernel, layer.geometry.strides) == ((3, 3), (2, 1))
+    assert (layer.geometry.pads, layer.geometry.dilations) == ((1, 0, 0, 1), (1, 2))
+    x = normal(1, 5, 8, 9)
+    (y,) = run(model, {"x": x})
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 0), (0, 1)))
+    view = View(model)
+    shift = 0 if bias_row(view, layer) is None else bias_row(view, layer)
+    for i, j in np.ndindex(*y.shape[2:]):
+        column = padded[0, :, 2 * i : 2 * i + 3, j : j + 5 : 2].reshape(-1)
+        np.testing.assert_allclose(y[0, :, i, j], weight_matrix(view, layer) @ column + shift, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trans_a", [0, 1])
+@pytest.mark.parametrize("trans_b", [0, 1])
+@pytest.mark.parametrize("c", [None, (OUT,), (1, OUT)])
+def test_gemm_is_w_x_plus_b(trans_a, trans_b, c):
+    flags = {"transA": trans_a, "transB": trans_b, "alpha": 0.5, "beta": 3.0}
+    constants = {"w": W.T if trans_b else W} | ({} if c is None else {"c": normal(*c)})
+    shape = (IN, 6) if trans_a else (6, IN)
+    model = build([node("Gemm", ["x", *constants], ["y"], name="layer", **flags)], {"x": shape}, constants)
+    (layer,), _ = search(model)
+    view = View(model)
+    x = normal(*shape)
+    expected = (x.T if trans_a else x) @ weight_matrix(view, layer).T
+    assert (bias_row(view, layer) is None) == (c is None)
+    assert layer.affine
+    np.testing.assert_allclose(
+        run(model, {"x": x})[0], expected + (0 if c is None else bias_row(view, layer)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_matmul_is_w_x(left):
+    matrix, x = normal(OUT, IN), normal(3, IN, 6) if left else normal(3, 6, IN)
+    nodes = [node("MatMul", ["w", "x"] if left else ["x", "w"], ["y"], name="layer")]
+    model = build(nodes, {"x": x.shape}, {"w": layout("MatMul", matrix, left=left)})
+    (layer,), _ = search(model)
+    assert (layer.out, layer.channels, layer.input, layer.bias) == (OUT, IN, "x", None)
+    weight = weight_matrix(View(model), layer)
+    expected = weight @ x if left else x @ weight.T
+    np.testing.assert_allclose(run(model, {"x": x})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_matmul_finds_its_bias_in_the_add_behind():
+    model = build([matmul(output="m"), node("Add", ["b", "m"], ["y"])], constants={"w": W, "b": normal(1, OUT)})
+    (layer,), _ = search(model)
+    assert (layer.bias, layer.bias_add, layer.node, layer.output) == ("b", "y", "m", "y")
+    view, x = View(model), normal(2, IN)
+    expected = x @ weight_matrix(view, layer).T + bias_row(view, layer)
+    np.testing.assert_allclose(run(model, {"x": x})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+STORED = numpy_helper.from_array(W)
+WEIGHTS = {
+    "constant node": ([node("Constant", [], ["w"], value=STORED), matmul()], {}),
+    "identity chain": ([node("Identity", ["v"], ["u"]), node("Identity", ["u"], ["w"]), matmul()], {"v": W}),
+    "transpose": ([node("Transpose", ["v"], ["w"]), matmul()], {"v": np.ascontiguousarray(W.T)}),
+    "transposed constant node": (
+        [node("Constant", [], ["v"], value=STORED), node("Transpose", ["v"], ["w"], perm=[1, 0]), matmul()],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_behind_constant_identity_and_transpose_nodes(case):
+    nodes, constants = WEIGHTS[case]
+    shape = (2, OUT) if case == "transposed constant node" else (2, IN)
+    model = build(nodes, {"x": shape}, constants)
+    (layer,), _ = search(model)
+    weight = weight_matrix(View(model), layer)
+    np.testing.assert_allclose(run(model)[0], normal(*shape) @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- skipped, and why
+
+
+def test_grouped_and_depthwise_convolutions():
+    assert reason(conv_model(normal(32, 8, 3, 3), 16, group=2)) == "grouped convolution (2 groups)"
+    assert reason(conv_model(normal(64, 1, 5, 5), 64, group=64)) == "depthwise convolution"
+
+
+def test_tiny_layers():
+    assert "tiny: 1023 weights" in reason(build([matmul()], {"x": (2, 33)}, {"w": normal(33, 31)}))
+    assert len(search(build([matmul()], {"x": (2, 32)}, {"w": normal(32, 32)}))[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [matmul(output="a"), matmul(output="b", name="other"), node("Add", ["a", "b"], ["y"])],
+        [matmul(output="a"), node("ReduceSum", ["w"], ["b"], keepdims=0), node("Add", ["a", "b"], ["y"])],
+        [
+            node("Identity", ["w"], ["v"]),
+            matmul("v", "a"),
+            matmul("w", "b", name="other"),
+            node("Add", ["a", "b"], ["y"]),
+        ],
+    ],
+)
+def test_a_weight_that_two_nodes_read(nodes):
+    assert "shared" in reason(build(nodes))
+
+
+def test_a_weight_that_one_node_reads_twice():
+    square = normal(40, 40)
+    model = build([node("Gemm", ["x", "w", "w"], ["y"], name="layer")], {"x": (40, 40)}, {"w": square})
+    assert "shared" in reason(model)
+    assert "both inputs are constant" in reason(build([matmul(source="w")], constants={"w": square}))
+
+
+@pytest.mark.parametrize("opset", [7, 17])
+def test_a_weight_that_is_a_graph_input(opset):
+    """From IR 4 on a caller may replace it; before, initialisers had to be listed, and ONNX Runtime takes no others."""
+    model = build([matmul()], opset=opset)
+    if opset == 7:
+        assert model.ir_version == 3
+        assert [layer.weight for layer in search(model)[0]] == ["w"]
+        with pytest.raises(Exception, match="Invalid input name: w"):
+            run(model, {"w": W})
+        return
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, W.shape))
+    assert "graph input" in reason(model)
+    assert search(model)[1][0].params == W.size
+    assert not np.array_equal(run(model)[0], run(model, {"w": 2 * W})[0])
+
+
+def test_a_weight_that_is_fed():
+    assert "activations only" in reason(build([matmul()], {"x": (2, IN), "w": W.shape}, {}))
+    nodes = [node("Conv", ["x", "w"], ["y"], name="layer")]
+    assert "computed" in reason(build(nodes, {"x": (1, 8, 9), "w": (8, 8, 3)}, {}))
+
+
+def test_a_weight_that_is_also_a_graph_output():
+    assert "graph output" in reason(build([matmul()], outputs=("y", "w")))
+    nodes = [node("Identity", ["w"], ["v"]), matmul("v")]
+    assert "graph output" in reason(build(nodes, outputs=("y", "v")))
+
+
+def branch(nodes, output):
+    return helper.make_graph(nodes, "branch", [], [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)])
+
+
+def if_model(inner, outer):
+    inside = branch([*inner, node("Identity", ["s"], ["z"])], "z")
+    nodes = [*outer, node("If", ["yes"], ["i"], then_branch=inside, else_branch=inside)]
+    nodes.append(node("Add", ["a", "i"], ["y"]))
+    return build(nodes, constants={"w": W, "yes": np.array(True)})
+
+
+def test_a_weight_that_a_subgraph_reads():
+    model = if_model([node("ReduceSum", ["w"], ["s"], keepdims=0)], [matmul(output="a")])
+    assert "subgraph" in reason(model)
+    assert run(model)[0].shape == (2, OUT)
+    whole = branch([], "w")
+    nodes = [matmul(output="a"), node("If", ["yes"], ["i"], then_branch=whole, else_branch=whole)]
+    assert "subgraph" in reason(build(nodes, constants={"w": W, "yes": np.array(True)}, outputs=("a", "i")))
+
+
+def test_layers_inside_subgraphs():
+    model = if_model([matmul(output="s", name="inside")], [node("ReduceSum", ["x"], ["a"], keepdims=0)])
+    layers, skipped = search(model)
+    assert not layers
+    assert {(s.name, s.node, s.reason) for s in skipped} == {("inside", None, "inside a subgraph (If, Loop or Scan)")}
+    body = helper.make_graph(
+        [node("Conv", ["state", "k"], ["next"], name="looped"), node("Identity", ["go"], ["on"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, [1, 32, 9]),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [1, 32, 9]),
+        ],
+    )
+    nodes = [node("Loop", ["n", "yes", "x"], ["y"], body=body)]
+    constants = {"n": np.array(2), "yes": np.array(True), "k": normal(32, 32, 1)}
+    assert "subgraph" in reason(build(nodes, {"x": (1, 32, 9)}, constants), "looped")
+
+
+def quantised(op="MatMul", activations=False):
+    """A QDQ graph: int8 weight -> DequantizeLinear -> op (or both operands dequantised activations)."""
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "zero"], ["xq"]),
+        node("DequantizeLinear", ["xq", "s", "zero"], ["xd"]),
+        node("DequantizeLinear", ["wq", "s", "zero"], ["wd"]),
+    ]
+    if activations:
+        nodes[2] = node("Transpose", ["xd"], ["xt"])
+        nodes += [
+            node("QuantizeLinear", ["xt", "s", "zero"], ["tq"]),
+            node("DequantizeLinear", ["tq", "s", "zero"], ["wd"]),
+        ]
+    constants = {"s": np.float32(0.05), "zero": np.int8(0)}
+    constants |= {} if activations else {"wq": np.clip(20 * W, -127, 127).astype(np.int8)}
+    return build([*nodes, node(op, ["xd", "wd"], ["y"], name="layer")], constants=constants, opset=13)
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_a_quantised_weight(op):
+    model = quantised(op)
+    assert run(model)[0].shape == (2, OUT)
+    (skipped,) = search(model)[1]
+    assert (skipped.reason, skipped.shape, skipped.params) == ("quantised weight (QDQ)", (IN, OUT), IN * OUT)
+
+
+def test_a_product_of_quantised_activations_has_no_weight():
+    assert "activations only" in reason(quantised(activations=True))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_float_types(dtype):
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = helper.make_graph(
+        [matmul()],
+        "g",
+        [helper.make_tensor_value_info("x", kind, (2, IN))],
+        [helper.make_tensor_value_info("y", kind, (2, OUT))],
+        [numpy_helper.from_array(W.astype(dtype), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    assert np.dtype(dtype).name in reason(model)
+
+
+@pytest.mark.parametrize(
+    "op", ["ConvTranspose", "LSTM", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"]
+)
+def test_ops_that_are_not_supported(op):
+    weight = normal(8, 16, 3, 3).astype(np.int8 if "Q" in op or "Integer" in op else np.float32)
+    graph = helper.make_graph(
+        [node(op, ["x", "w"], ["y"], name="layer")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    layers, (skipped,) = search(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+    assert not layers
+    assert skipped.reason == module.NOT_SUPPORTED[op]
+    assert (skipped.shape, skipped.params, skipped.node) == (weight.shape, weight.size, "y")
+
+
+def test_products_without_a_matrix():
+    assert "activations" in reason(build([matmul("x2")], {"x": (2, IN), "x2": (IN, 3)}, {}))
+    assert reason(build([matmul()], {"x": (3, 2, IN)}, {"w": normal(3, IN, OUT)})).startswith("weight of rank 3")
+    gemm = build([node("Gemm", ["w", "x"], ["y"], name="layer")], {"x": (OUT, 3)})
+    assert "first input of the Gemm" in reason(gemm)
+    assert search(gemm)[1][0].shape == W.shape
+
+
+def test_a_convolution_over_four_dimensions_and_a_bias_that_is_fed():
+    nodes = [node("Conv", ["x", "w"], ["y"], name="layer")]
+    assert "4 spatial" in reason(build(nodes, {"x": (1, 16, 3, 3, 3, 3)}, {"w": normal(16, 16, 2, 2, 2, 2)}))
+    nodes = [node("Conv", ["x", "w", "b"], ["y"], name="layer")]
+    assert "bias" in reason(build(nodes, {"x": (1, 16, 9), "b": (32,)}, {"w": normal(32, 16, 3)}))
+
+
+def test_a_sparse_weight_and_a_custom_domain():
+    model = build([matmul()])
+    values = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    indices = numpy_helper.from_array(np.array([0, 7]))
+    del model.graph.initializer[:]
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, W.shape))
+    (skipped,) = search(model)[1]
+    assert (skipped.reason, skipped.shape) == ("its weight is a sparse initialiser", W.shape)
+    custom = build([node("MatMul", ["x", "w"], ["m"], name="layer", domain="org.example"), node("Shape", ["m"], ["y"])])
+    assert "org.example" in reason(custom)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"), [("layer", True), ("la*", True), ("l?yer", True), ("Layer", False), ("y", False)]
+)
+def test_exclusion_by_pattern(pattern, matches):
+    layers, skipped = search(build([matmul()]), ["nothing", pattern])
+    assert len(layers) == (not matches)
+    assert [s.reason for s in skipped] == ["excluded by the user"] * matches
+
+
+def test_every_layer_gets_a_name_of_its_own():
+    names = ["same", "same", "", "d", ""]
+    weights = {f"w{i}": normal(IN, IN, seed=i) for i in range(5)}
+    nodes, source = [], "x"
+    for i, (name, output) in enumerate(zip(names, ["a", "b", "d", "e", "f"], strict=True)):
+        nodes.append(matmul(f"w{i}", output, source, name))
+        source = output
+    # the third has no name and takes that of its output, ``d``, which is the name of the fourth
+    layers, _ = search(build(nodes, constants=weights, outputs=("f",)))
+    found = [layer.name for layer in layers]
+    assert found == ["same", "b", "d", "e", "f"]
+    nodes[2].name, nodes[3].name = "d", ""
+    nodes[3].output[0] = nodes[4].input[0] = "same"
+    found = [layer.name for layer in search(build(nodes, constants=weights, outputs=("f",)))[0]]
+    assert len(set(found)) == 5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_names_tensor_and_layer(value):
+    weight = W.copy()
+    weight[3, 4] = value
+    model = build([matmul()], constants={"w": weight})
+    with pytest.raises(ModelError, match=r"'w' of layer 'layer'"):
+        find(View(model))
+    assert reason(model, exclude=["layer"]) == "excluded by the user"
+
+
+# ---------------------------------------------------------------- cost, and what it takes to look
+
+
+def test_macs():
+    nodes = [
+        node("Conv", ["x", "k"], ["c"], strides=[2, 1]),
+        node("ConvTranspose", ["c", "t"], ["u"], group=2),
+        node("Reshape", ["u", "flat"], ["f"]),
+        node("Transpose", ["f"], ["ft"]),
+        node("Gemm", ["ft", "w"], ["g"], transA=1),
+        node("MatMul", ["g", "v"], ["m"]),
+        node("MatMul", ["m", "row"], ["y"]),
+    ]
+    constants = {"k": normal(6, 3, 3, 3), "t": normal(6, 2, 1, 1), "flat": np.array([2, -1]), "w": normal(36, 8)}
+    constants |= {"v": normal(8, 5), "row": normal(5)}
+    view = View(build(nodes, {"x": (2, 3, 7, 5)}, constants))
+    assert set(tensors_to_measure(view)) == {"c", "u", "ft", "g", "m", "y"}
+    shapes = {
+        "x": (2, 3, 7, 5),
+        "c": (2, 6, 3, 3),
+        "u": (2, 4, 3, 3),
+        "ft": (36, 2),
+        "g": (2, 8),
+        "m": (2, 5),
+        "y": (2,),
+    }
+    assert macs_by_node(view, shapes) == {
+        "c": 2 * 6 * 9 * 27,
+        "u": 2 * 6 * 9 * 2,
+        "g": 2 * 8 * 36,
+        "m": 2 * 5 * 8,
+        "y": 2 * 5,
+    }
+
+
+def chain_of(count, shared):
+    constants = {f"w{i}": normal(32, 32) for i in range(1 if shared else count)}
+    nodes = []
+    for i in range(count):
+        weight = "w0" if shared else f"w{i}"
+        nodes += [matmul(weight, f"m{i}", f"r{i - 1}" if i else "x", f"layer{i}"), node("Relu", [f"m{i}"], [f"r{i}"])]
+    return build(nodes, {"x": (1, 32)}, constants, outputs=(f"r{count - 1}",))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_thousands_of_nodes_take_seconds(shared):
+    model = chain_of(2500, shared)
+    begun = time.process_time()
+    view = View(model)
+    layers, skipped = find(view)
+    rewrite(view, layers, {layer.node: planted("channels", 32, 32) for layer in layers}, {v.input: 2 for v in layers})
+    assert time.process_time() - begun < 10  # 1.5 s here; what is quadratic takes far longer
+    assert (len(layers), len(skipped)) == ((0, 2500) if shared else (2500, 0))
+
+
+def test_every_weight_is_loaded_once(monkeypatch):
+    loaded = []
+    constant = View.constant
+    monkeypatch.setattr(View, "constant", lambda view, name: loaded.append(name) or constant(view, name))
+    nodes = [
+        matmul("w", "a"),
+        node("Transpose", ["v"], ["vt"]),
+        matmul("vt", "b", "a", "second"),
+        node("Conv", ["c", "k"], ["d"], name="grouped", group=2),
+    ]
+    constants = {"w": W, "v": normal(OUT, OUT), "k": normal(32, 8, 3)}
+    find(View(build(nodes, {"x": (2, IN), "c": (1, 16, 9)}, constants, outputs=("b", "d"))))
+    assert sorted(loaded) == ["k", "v", "vt", "w"]  # vt by way of v
