@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx_lrs.data import Samples, batches
 from onnx_lrs.errors import DataError, VerificationError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, signature
-from onnx_lrs.progress import Progress
+from onnx_lrs.progress import Pace, Progress
 from onnx_lrs.report.result import OutputQuality
 from onnx_lrs.runtime.session import Feed, Session
 
@@ -37,7 +37,7 @@ _REPORT = "Nothing was written. This is a bug in onnx-lrs; please report it with
 
 
 def _refuse_unless_inherited(original: onnx.ModelProto, error: Exception) -> None:
-    """A model that the checker refused before (custom operators, old quirks) may be refused after."""
+    """Raise, unless the checker refused the original too (custom operators, old quirks)."""
     try:
         onnx.checker.check_model(original, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
@@ -105,7 +105,7 @@ def compare_outputs(
 ) -> tuple[OutputQuality, ...]:
     """Return how close every floating-point output is on the given items.
 
-    ``labels`` holds the class of every row of the samples, ``batching`` the largest batch and whether the batch is dynamic.
+    ``labels`` holds the class of every row of the samples, ``batching`` the largest batch and whether it is dynamic.
 
     Raises
     ------
@@ -117,14 +117,17 @@ def compare_outputs(
     original, compressed = sessions
     starts = np.concatenate([[0], np.cumsum([samples.rows(i) for i in range(len(samples))])])
     meters: dict[str, Meter] = {}
-    for indices, feed in batches(samples, items, *batching):
+    size, dynamic = batching
+    pace = Pace(progress, size if dynamic else 1)
+    for indices, feed in batches(samples, items, size, dynamic):
         a, b = original.run(feed), compressed.run(feed)
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
         for name in original.outputs:
             if a[name].dtype.kind == "f":
                 _check_finite(name, a, b)
                 meters.setdefault(name, Meter(name)).add(a[name], b[name], None if labels is None else labels[rows])
-        progress.step(f"{len(indices)} samples")
+        pace.advance(len(indices))
+    pace.finish()
     return tuple(meter.quality() for meter in meters.values())
 
 
