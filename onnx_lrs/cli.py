@@ -25,6 +25,9 @@ from onnx_lrs.report.result import Inspection, Result
 INTERRUPTED = 130
 DEMO_BUDGET = Budget(params=0.25)
 STDOUT = "-"
+# ONNX Runtime's official builds report usage to Microsoft unless this is set before they are imported (Privacy.md in
+# the wheel of 1.31). A model may be a secret, so the command line sets it; whoever wants the reports sets it to 0.
+NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
 
 Command = Callable[[argparse.Namespace, Config, Progress], Result | Inspection]
 
@@ -377,6 +380,7 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] =
         From argparse: 2 for a bad command line, 0 for --help and --version.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault(*NO_TELEMETRY)
     try:
         return _run(args, commands[args.command])
     except OnnxLrsError as error:

@@ -192,16 +192,19 @@ def _opening_notes(job: Job, subject: Subject, material: Material) -> list[str]:
             "Give typical inputs with --data FOLDER (images) or --data FILE.npy/.npz."
         )
     elif job.inputs.data is None:
-        notes.append("Fitted and judged on random inputs (--random-data): the quality figures say little.")
+        judged = "Fitted" if job.inputs.test is not None else "Fitted and judged"
+        notes.append(
+            f"{judged} on random inputs (--random-data); typical inputs (--data) would tell more and fit better."
+        )
     else:
         notes.append(f"Calibrated on {material.samples.description}.")
-        if material.judge is not None and material.judge is not material.samples:
-            notes.append(f"Judged on {material.judge.description}.")
-        if material.samples.guessed:
-            notes.append(
-                "No preprocessing was named, so this one is assumed. "
-                "If the model was trained otherwise, use --preset or --scale, --mean, --std."
-            )
+    if material.judge is not None and job.inputs.test is not None:
+        notes.append(f"Judged on {material.judge.description}.")
+    if any(samples.guessed for samples in (material.samples, material.judge) if samples is not None):
+        notes.append(
+            "No preprocessing was named, so this one is assumed. "
+            "If the model was trained otherwise, use --preset or --scale, --mean, --std."
+        )
     return notes + _wide_notes(job, subject, material)
 
 
