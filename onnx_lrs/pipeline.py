@@ -24,7 +24,8 @@ from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import ModelSource, View
 from onnx_lrs.graph.rewrite import Rewritten, rewrite
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
-from onnx_lrs.planning.plan import Plan, error_curves, make_plan
+from onnx_lrs.planning.plan import Plan, error_curves, make_plan, weighted
+from onnx_lrs.planning.sensitivity import sensitivities
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.environment import environment, peak_memory_bytes
 from onnx_lrs.report.result import LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
@@ -230,8 +231,13 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
             stack.callback(capture.close)
         roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
         with clock.stage("plan", _step_count(subject.layers, roles, material, setting)):
-            curves = error_curves(subject, bench, capture, roles, job.progress)
-            plan = make_plan(subject, curves, config.budget)
+            curves, probes = error_curves(subject, bench, capture, roles, job.progress)
+        if probes and material.samples is not None and split is not None:
+            with clock.stage("sensitivity", len(probes)):
+                batching = config.batch, subject.dynamic_batch, config.threads
+                found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress)
+                curves = weighted(curves, found)
+        plan = make_plan(subject, curves, config.budget)
         chosen = tuple(layer for layer in subject.layers if layer.node in plan.chosen)
         roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting)):

@@ -16,6 +16,7 @@ MOST_PARAMETERS = 8
 TOP = {"onnx_lrs.cli", "onnx_lrs.api", "onnx_lrs.pipeline"}
 ON_THE_GROUND = {
     "onnx_lrs.errors": set(),
+    "onnx_lrs.native": set(),
     "onnx_lrs.progress": set(),
     "onnx_lrs.config": {"onnx_lrs.errors"},
     "onnx_lrs.images": {"onnx_lrs.config", "onnx_lrs.errors"},

@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if line.strip()]
-RUNNABLE = [command for command in COMMANDS if command[0] not in NOT_RUN_HERE]
+RUNNABLE = [command for command in COMMANDS if command[0] not in NOT_RUN_HERE and command[1:] != ["demo"]]
 
 
 @pytest.fixture
@@ -66,17 +66,19 @@ def test_the_python_runs(number, prepared):
     assert nets.count_params(small) < nets.count_params(nets.conv_net())
 
 
-def test_the_shown_output_is_the_demos():
-    """Sizes and accuracy do not depend on the machine's speed; times are left out."""
-    (shown,) = blocks("text")[:1]
-    for line in (
-        "Parameters     431 k",
-        "MACs          2.29 M",
-        "File size    1.73 MB",
-        "99.20 %",
-        "fc1    Gemm 500x800",
-    ):
-        assert line in shown
+def test_the_shown_output_is_the_demos(capsys):
+    """Times differ everywhere and the last digits may on another machine; a changed method shows."""
+    assert cli.main(["demo"]) == 0
+    shown, real = (figures(text) for text in (blocks("text")[0], capsys.readouterr().err))
+    assert shown[::2] == real[::2] == ["431 k", "2.29 M", "1.73 MB"]
+    for ours, theirs in zip(shown[1::2], real[1::2], strict=True):
+        assert float(ours.split()[0]) == pytest.approx(float(theirs.split()[0]), rel=0.03)
+
+
+def figures(text: str) -> list[str]:
+    """Return before and after of the first three rows of the table of sizes."""
+    rows = [line for line in text.splitlines() if line.startswith(("Parameters  ", "MACs  ", "File size  "))]
+    return [cell for row in rows for cell in re.findall(r"[\d.]+ (?:k|M|G)?B?(?=\s)", row)[:2]]
 
 
 def test_every_flag_named_exists():

@@ -17,8 +17,10 @@ from onnx_lrs.graph.model import weight_count
 from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.planning.allocate import Choice, allocate
 from onnx_lrs.planning.candidates import Bench
+from onnx_lrs.planning.sensitivity import bounded, probe_of
 from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
+from onnx_lrs.solvers.problem import AnyFactors
 
 SLACK_ROUNDS = 8
 SLACK_SHARE = 0.005  # of the limit: less is not worth another round
@@ -37,15 +39,32 @@ Solved = tuple[Mapping[str, int], Plan]  # cost of each layer, and the plan
 
 def error_curves(
     subject: Subject, bench: Bench, capture: Capture | None, roles: Roles, progress: Progress
-) -> dict[str, list[Candidate]]:
-    """Return every layer's candidates; statistics are captured group by group and dropped after use."""
+) -> tuple[dict[str, list[Candidate]], dict[str, tuple[float, AnyFactors]]]:
+    """Return every layer's candidates, and with data one fitted probe of each layer (see planning/sensitivity.py).
+
+    Statistics are captured group by group and dropped after use.
+    """
     found: dict[str, list[Candidate]] = {}
+    probes: dict[str, tuple[float, AnyFactors]] = {}
     for group in groups(subject.layers, len(roles), bench.memory_bytes):
         moments = capture.moments(group, roles, progress) if capture else {}
         for layer in group:
-            found[layer.node] = bench.curve(layer, moments.pop(layer.node, {}))
+            own = moments.pop(layer.node, {})
+            found[layer.node] = bench.curve(layer, own)
+            probe = probe_of(found[layer.node]) if own else None
+            if probe is not None:
+                probes[layer.node] = probe.loss, bench.fit(layer, probe, own).factors
             progress.step(layer.name)
-    return found
+    return found, probes
+
+
+def weighted(curves: Curves, sensitivity: Mapping[str, float]) -> dict[str, list[Candidate]]:
+    """Return the curves with every loss times the layer's weight (see planning/sensitivity.py)."""
+    weights = bounded(sensitivity)
+    return {
+        node: [dataclasses.replace(c, loss=c.loss * weights.get(node, 1.0)) for c in candidates]
+        for node, candidates in curves.items()
+    }
 
 
 def make_plan(subject: Subject, curves: Curves, budget: Budget) -> Plan:

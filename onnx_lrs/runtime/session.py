@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import pathlib
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,31 +15,11 @@ from numpy.typing import NDArray
 
 from onnx_lrs.errors import ModelError, RuntimeEnvironmentError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, save
+from onnx_lrs.native import STDERR, redirected
 
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 Feed = dict[str, NDArray[Any]]
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Hold back what the native library prints while it looks for devices; a machine without a GPU is no news.
-
-    Python's own exceptions are not affected. File descriptor 2 is shared by the process, so this is kept to the import.
-    """
-    try:
-        saved = os.dup(2)
-    except OSError:  # no stderr at all (a Windows service): nothing to hold back
-        yield
-        return
-    sys.stderr.flush()
-    with pathlib.Path(os.devnull).open("wb") as sink:
-        os.dup2(sink.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 def runtime() -> Any:
@@ -59,7 +37,7 @@ def runtime() -> Any:
             f"pip uninstall -y {' '.join(installed)} && pip install {installed[-1]}",
         )
     try:
-        with _quiet_stderr():
+        with redirected(STDERR, None):  # it looks for devices and complains; a machine without a GPU is no news
             import onnxruntime
     except ImportError as error:
         raise RuntimeEnvironmentError(
@@ -116,6 +94,8 @@ class Session:
             If ONNX Runtime fails to run the model on this feed.
         """
         wanted = list(names) if names is not None else self.outputs
+        if not wanted:  # which ONNX Runtime would take for all
+            return {}
         try:
             values = self._session.run(wanted, feed)
         except Exception as error:

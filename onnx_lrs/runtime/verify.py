@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -131,11 +133,22 @@ def compare_outputs(
     return tuple(meter.quality() for meter in meters.values())
 
 
-def _check_finite(name: str, a: Feed, b: Feed) -> None:
-    if not np.isfinite(a[name]).all():
+def check_original_finite(name: str, values: Iterable[NDArray[np.generic]]) -> None:
+    """Refuse data on which the original itself fails: there is nothing to compare with.
+
+    Raises
+    ------
+    DataError
+        If a value of the output is not finite.
+    """
+    if not all(np.isfinite(value).all() for value in values):
         raise DataError(
             f"The original model's output {name!r} is not finite on this data.", "Check the preprocessing of the data."
         )
+
+
+def _check_finite(name: str, a: Feed, b: Feed) -> None:
+    check_original_finite(name, [a[name]])
     if a[name].shape != b[name].shape:
         raise VerificationError(f"Output {name!r} has shape {b[name].shape} instead of {a[name].shape}.", _REPORT)
     if not np.isfinite(b[name]).all():

@@ -1,6 +1,6 @@
 """The methods that need no iteration over data: svd, hsvd, channels, magnitude, and their union lrs.
 
-Each is a function ``method(problem, multiple) -> Family``; a split admits every rank at once (spectral.py), so a
+Each is a function ``method(problem, multiple, damping) -> Family``; a split admits every rank at once (spectral.py), so a
 method is fully described by the supports it tries, the metric of its basis, and whether it refits.
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 from onnx_lrs.solvers.channels import eliminate
 from onnx_lrs.solvers.problem import Array, Budget, Candidate, Factors, Indices, Problem, columns_of, objective
 from onnx_lrs.solvers.spectral import (
+    DAMPING,
     Reduced,
     Split,
     assemble,
@@ -25,9 +26,8 @@ from onnx_lrs.solvers.spectral import (
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
 DATA_FREE = ("svd", "magnitude")  # baselines that see no data; the bias stays as it is
-ROUNDS = (
-    4  # of re-choosing the support; the objective falls by less than 1e-4 after the second on the networks measured
-)
+LARGEST = 0.95  # of the dense layer: a smaller saving is not worth a second branch
+ROUNDS = 4  # of re-choosing the support; the objective falls by less than 1e-4 after the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Family:
 
     reduced: Reduced
     splits: tuple[Split, ...]
+    damping: float = DAMPING
     shift: bool = True
 
 
@@ -49,30 +50,30 @@ def kept_counts(channels: int, rows: int, multiple: int) -> list[int]:
     return [int(every[i - 1]) for i in picked]
 
 
-def hsvd(problem: Problem, multiple: int) -> Family:
+def hsvd(problem: Problem, multiple: int, damping: float) -> Family:
     """Low rank in the H-metric (METHODS 2): U from the eigenproblem of W H W^T, exact for every rank."""
     reduced = reduce_rows(problem.weight)
     order = np.arange(problem.channels)
-    return Family(reduced, tuple(splits(reduced.target, damped(problem), order, [0], problem.taps)))
+    return Family(reduced, tuple(splits(reduced.target, damped(problem, damping), order, [0], problem.taps)), damping)
 
 
-def svd(problem: Problem, multiple: int) -> Family:
+def svd(problem: Problem, multiple: int, damping: float) -> Family:
     """Plain truncated SVD of the weights; sees no data, so the bias stays too. A baseline."""
     reduced = reduce_rows(problem.weight)
     order = np.arange(problem.channels)
     return Family(reduced, tuple(splits(reduced.target, None, order, [0], problem.taps)), shift=False)
 
 
-def channels(problem: Problem, multiple: int) -> Family:
+def channels(problem: Problem, multiple: int, damping: float) -> Family:
     """Kept input channels only: exact backward elimination, least-squares refit (METHODS 3)."""
     reduced = reduce_rows(problem.weight)
-    metric = damped(problem)
+    metric = damped(problem, damping)
     order = importance(reduced.target, metric, problem.taps)
     counts = range(multiple, problem.channels, multiple)
-    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps, low_rank=False)))
+    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps, low_rank=False)), damping)
 
 
-def magnitude(problem: Problem, multiple: int) -> Family:
+def magnitude(problem: Problem, multiple: int, damping: float) -> Family:
     """Keep the input channels with the largest weights, unchanged; sees no data. A baseline."""
     reduced = reduce_rows(problem.weight)
     order = importance(reduced.target, None, problem.taps)
@@ -84,13 +85,13 @@ def magnitude(problem: Problem, multiple: int) -> Family:
     return Family(reduced, tuple(found), shift=False)
 
 
-def lrs(problem: Problem, multiple: int) -> Family:
+def lrs(problem: Problem, multiple: int, damping: float) -> Family:
     """Low rank and kept channels together; contains hsvd and the supports of ``channels``, so it is never worse."""
     reduced = reduce_rows(problem.weight)
-    metric = damped(problem)
+    metric = damped(problem, damping)
     order = importance(reduced.target, metric, problem.taps)
     counts = [0, *kept_counts(problem.channels, len(reduced.target), multiple)]
-    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps)))
+    return Family(reduced, tuple(splits(reduced.target, metric, order, counts, problem.taps)), damping)
 
 
 def importance(target: Array, metric: Array | None, taps: int) -> Indices:
@@ -113,8 +114,9 @@ def candidates(problem: Problem, family: Family, multiple: int) -> list[Candidat
         curve = losses(rest, split.basis[:, :most], moments, problem.affine, centre) / max(scale, 1e-300)
         for rank in range(0, most + 1, multiple):
             params = rank * problem.rank_cost + len(split.support) * problem.taps * problem.out
-            if 0 < params < problem.params:
-                found.append(Candidate(form_of(rank, len(split.support)), rank, params, curve[rank], split.support))
+            if 0 < params <= LARGEST * problem.params:
+                form = form_of(rank, len(split.support))
+                found.append(Candidate(form, rank, params, curve[rank], split.support, family.damping))
     return found
 
 
@@ -125,13 +127,14 @@ def form_of(rank: int, kept: int) -> str:
     return "low-rank + channels" if rank else "channels"
 
 
-def refit(problem: Problem, support: Indices, rank: int) -> tuple[Factors, tuple[float, ...]]:
-    """Solve for a given rank and support, re-choosing the support while J falls (METHODS 4).
+def refit(problem: Problem, chosen: Candidate) -> tuple[Factors, tuple[float, ...]]:
+    """Solve for a candidate's rank, support and damping, re-choosing the support while J falls (METHODS 4).
 
     Returns the factors and J (undamped) of the accepted iterates, falling.
     """
+    support, rank = chosen.support, chosen.rank
     reduced = reduce_rows(problem.weight)
-    metric = damped(problem)
+    metric = damped(problem, chosen.damping)
     best = _solve_split(problem, reduced, metric, support, rank)
     history = [objective(problem.weight, best.dense(), problem.moments, problem.affine)]
     rounds = ROUNDS if rank and len(support) and metric is not None else 0

@@ -189,7 +189,8 @@ AnyFactors = Factors | SpatialFactors
 class Candidate:
     """One point of a layer's error curve.
 
-    ``loss`` is J relative to the layer's output variance on the validation moments; ``support`` the kept channels.
+    ``loss`` is J relative to the layer's output variance on the validation moments; ``support`` the kept channels;
+    ``damping`` the share of the mean diagonal of H that was added to it.
     """
 
     form: str
@@ -197,6 +198,7 @@ class Candidate:
     params: int
     loss: float
     support: Indices
+    damping: float
 
 
 @dataclasses.dataclass(frozen=True)

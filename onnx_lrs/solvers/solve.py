@@ -9,9 +9,9 @@ import numpy as np
 from onnx_lrs.solvers import closed_form
 from onnx_lrs.solvers.closed_form import Family, best_within, candidates, refit
 from onnx_lrs.solvers.problem import Budget, Candidate, Factors, Problem, Solution, Status, objective
-from onnx_lrs.solvers.spectral import assemble
+from onnx_lrs.solvers.spectral import assemble, choose_damping
 
-METHODS: dict[str, Callable[[Problem, int], Family]] = {
+METHODS: dict[str, Callable[[Problem, int, float], Family]] = {
     "lrs": closed_form.lrs,
     "hsvd": closed_form.hsvd,
     "channels": closed_form.channels,
@@ -22,7 +22,7 @@ METHODS: dict[str, Callable[[Problem, int], Family]] = {
 
 def curve(problem: Problem, method: str, multiple: int) -> list[Candidate]:
     """Return the candidates of ``method`` that no other one beats in both parameters and loss, by rising parameters."""
-    found = candidates(problem, METHODS[method](problem, multiple), multiple)
+    found = candidates(problem, METHODS[method](problem, multiple, choose_damping(problem)), multiple)
     return undominated(found)
 
 
@@ -59,7 +59,7 @@ def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
     """
     if budget.params is not None and budget.params >= problem.params:
         return Solution(Status.DENSE, None, 0.0)
-    family = METHODS[method](problem, budget.multiple)
+    family = METHODS[method](problem, budget.multiple, choose_damping(problem))
     chosen = best_within(candidates(problem, family, budget.multiple), budget)
     if chosen is None:
         return Solution(Status.INFEASIBLE, None, objective(problem.weight, 0 * problem.weight, problem.moments))
@@ -69,12 +69,12 @@ def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
 def fit(problem: Problem, chosen: Candidate, method: str, family: Family | None = None) -> Solution:
     """Solve for the rank and support of a candidate (made on other moments, perhaps)."""
     if method in closed_form.DATA_FREE:  # nothing to refit
-        family = family or METHODS[method](problem, 1)
+        family = family or METHODS[method](problem, 1, chosen.damping)
         (split,) = (s for s in family.splits if len(s.support) == len(chosen.support))
         factors = assemble(problem, family.reduced, split, chosen.rank, shift=False)
         history: tuple[float, ...] = ()
     else:
-        factors, history = refit(problem, chosen.support, chosen.rank)
+        factors, history = refit(problem, chosen)
     return Solution(Status.SOLVED, factors, _objective(problem, factors), history)
 
 
