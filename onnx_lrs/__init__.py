@@ -2,13 +2,21 @@
 
 >>> import onnx_lrs
 >>> result = onnx_lrs.compress("model.onnx", "small.onnx", data="calibration/", budget=onnx_lrs.Budget(params=0.5))
+
+The names below are loaded when they are first used, so that ``onnx-lrs --help`` need not wait for NumPy and ONNX.
 """
 
-from onnx_lrs.api import compress, inspect
-from onnx_lrs.config import Budget, Config, Preprocess
-from onnx_lrs.data import Dataset
-from onnx_lrs.errors import OnnxLrsError
-from onnx_lrs.report.result import Inspection, Result
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnx_lrs.api import compress, inspect
+    from onnx_lrs.config import Budget, Config, Preprocess
+    from onnx_lrs.data import Dataset
+    from onnx_lrs.errors import OnnxLrsError
+    from onnx_lrs.report.result import Inspection, Result
 
 __version__ = "0.1.0"
 
@@ -24,3 +32,26 @@ __all__ = [
     "compress",
     "inspect",
 ]
+
+_HOMES = {
+    "Budget": "config",
+    "Config": "config",
+    "Dataset": "data",
+    "Inspection": "report.result",
+    "OnnxLrsError": "errors",
+    "Preprocess": "config",
+    "Result": "report.result",
+    "compress": "api",
+    "inspect": "api",
+}
+
+if not TYPE_CHECKING:  # a type checker would take it for a promise that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

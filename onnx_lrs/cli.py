@@ -25,6 +25,9 @@ from onnx_lrs.report.result import Inspection, Result
 INTERRUPTED = 130
 DEMO_BUDGET = Budget(params=0.25)
 STDOUT = "-"
+# ONNX Runtime's official builds report usage to Microsoft unless this is set before they are imported (Privacy.md in
+# the wheel of 1.31). A model may be a secret, so the command line sets it; whoever wants the reports sets it to 0.
+NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
 
 Command = Callable[[argparse.Namespace, Config, Progress], Result | Inspection]
 
@@ -140,7 +143,12 @@ def _compress_parser() -> argparse.ArgumentParser:
     source = data.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="PATH", help="a folder of images, or an .npy or .npz file")
     source.add_argument("--random-data", action="store_true", default=None, help="fit on random inputs (worse)")
-    data.add_argument("--labels", metavar="PATH|folders", help="true classes; 'folders': one subfolder of DATA a class")
+    data.add_argument("--test", metavar="PATH", help="other samples to judge on; without it a share of DATA judges")
+    data.add_argument(
+        "--labels",
+        metavar="PATH|folders",
+        help="true classes of the samples that judge (TEST if given, else DATA); 'folders': one subfolder a class",
+    )
     _add_shape(data)
     _add_image_flags(parser)
     _add_fit(parser)
@@ -301,14 +309,16 @@ def _check_files(args: argparse.Namespace) -> None:
     given = vars(args)
     if args.command == "compress" and not given["output"]:
         raise ConfigError("No output file was named.", f"Add one: onnx-lrs {args.model} -o small.onnx")
-    if given.get("labels") and not given["data"]:
+    if given.get("test") and not (given["data"] or given["random_data"]):
+        raise ConfigError("--test was given without --data.", "The fit needs samples of its own: add --data PATH.")
+    if given.get("labels") and not (given["data"] or given["test"]):
         raise ConfigError("--labels was given without --data.", "Labels belong to samples: add --data PATH.")
+    if given.get("output"):
+        _refuse_same("-o", given, "output", ("data", "test", "labels"))
     if args.json in (None, STDOUT):
         return
     report = Path(args.json)
-    for name in ("model", "output", "data", "labels"):
-        if given.get(name) and report.resolve() == Path(given[name]).resolve():
-            raise ConfigError(f"--json {args.json} would overwrite the {name} file.", "Give the report its own name.")
+    _refuse_same("--json", given, "json", ("model", "output", "data", "test", "labels"))
     if report.is_dir() or not report.parent.is_dir():
         raise OutputError(
             f"The report cannot be written to {args.json}: {'it' if report.is_dir() else report.parent} is "
@@ -317,13 +327,21 @@ def _check_files(args: argparse.Namespace) -> None:
         )
 
 
+def _refuse_same(flag: str, given: Mapping[str, Any], written: str, read: Sequence[str]) -> None:
+    target = Path(given[written])
+    for name in read:
+        if given.get(name) and target.resolve() == Path(given[name]).resolve():
+            raise ConfigError(f"{flag} {target} would overwrite the {name} file.", "Give it its own name.")
+
+
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
 def _compress(args: argparse.Namespace, config: Config, progress: Progress) -> Result:
     from onnx_lrs.api import compress
 
-    return compress(args.model, args.output, data=args.data, labels=args.labels, config=config, progress=progress)
+    sources = {name: getattr(args, name) for name in ("data", "labels", "test")}
+    return compress(args.model, args.output, **sources, config=config, progress=progress)
 
 
 def _inspect(args: argparse.Namespace, config: Config, progress: Progress) -> Inspection:
@@ -362,6 +380,7 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] =
         From argparse: 2 for a bad command line, 0 for --help and --version.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault(*NO_TELEMETRY)
     try:
         return _run(args, commands[args.command])
     except OnnxLrsError as error:

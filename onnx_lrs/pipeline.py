@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -16,13 +17,13 @@ from numpy.typing import NDArray
 from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, is_wide, steps
 from onnx_lrs.calibration.subject import Inputs, Material, Subject, examine, measure_shapes, open_material
 from onnx_lrs.config import Config
-from onnx_lrs.errors import ConfigError, VerificationError
+from onnx_lrs.errors import BudgetError, ConfigError, OutputError, VerificationError
 from onnx_lrs.graph import model as models
+from onnx_lrs.graph.cost import macs_by_node
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import ModelSource, View
 from onnx_lrs.graph.rewrite import Rewritten, rewrite
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
-from onnx_lrs.graph.cost import macs_by_node
 from onnx_lrs.planning.plan import Plan, error_curves, make_plan, weighted
 from onnx_lrs.planning.sensitivity import sensitivities
 from onnx_lrs.progress import Progress
@@ -32,7 +33,7 @@ from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.session import Session
 from onnx_lrs.runtime.verify import check_structure, compare_outputs
 from onnx_lrs.solvers import METHODS
-from onnx_lrs.solvers.closed_form import form_of
+from onnx_lrs.solvers.closed_form import DATA_FREE, form_of
 from onnx_lrs.solvers.problem import AnyFactors, SpatialFactors
 
 POOR = 0.5  # relative error of an output beyond which the console warns
@@ -58,12 +59,12 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def stage(self, name: str, count: int = 1) -> Iterator[None]:
-        """Time one stage of ``count`` steps."""
-        self._progress.stage(name, count)
+    def stage(self, name: str, count: int | None = None) -> Iterator[None]:
+        """Time one stage of ``count`` steps, which its work tells; None: of one step, told here."""
+        self._progress.stage(name, 1 if count is None else count)
         begun = time.perf_counter()
         yield
-        if count == 1:
+        if count is None:
             self._progress.step(name)
         self.seconds[name] = round(time.perf_counter() - begun, 3)
 
@@ -80,16 +81,19 @@ def compress(job: Job) -> Result:
         with clock.stage("load"):
             original = models.load(job.source)
             material = open_material(job.inputs, models.signature(original)[0], job.config, stack)
+            outside = _external_places(job.source)
+            _refuse_to_overwrite(job, outside)
             subject = examine(job.source, original, job.config, material.samples)
+            _refuse_without_layers(job, subject)
         notes = _opening_notes(job, subject, material)
         for note in notes:
             job.progress.note(note)
-        plan, fitted = _plan_and_fit(job, subject, material, clock)
+        fitted = _plan_and_fit(job, subject, material, clock)
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks)
         before, after, quality = _judge(job, subject, material, rewritten.model, clock)
-        after = _write(job, subject, rewritten.model, after, clock)
+        after = _write(job, rewritten.model, after, bool(outside), clock)
     return Result(
         input=None if isinstance(job.source, onnx.ModelProto) else str(job.source),
         output=None if job.output is None else str(job.output),
@@ -97,13 +101,13 @@ def compress(job: Job) -> Result:
         after=after,
         ratio=ratio_of(before, after),
         quality=quality,
-        layers=tuple(_layer_result(subject, rewritten, fitted, layer) for layer in subject.layers),
+        layers=_layer_results(subject, rewritten, fitted, known=material.samples is not None),
         skipped=_skipped(subject),
-        settings=job.config.to_dict(),
+        settings=_effective(job.config, material).to_dict(),
         environment=environment("CPUExecutionProvider", job.config.threads, job.config.seed),
         seconds=clock.total(),
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*notes, *_closing_notes(before, after, quality)),
+        notes=(*notes, *_closing_notes(before, after, quality), *_side_notes(job, material, quality, bool(outside))),
         model=rewritten.model,
     )
 
@@ -115,14 +119,69 @@ def check_request(job: Job) -> None:
     ------
     ConfigError
         Unknown method, or an output that is the input.
+    OutputError
+        The output is a folder, or its folder is missing or cannot be written to.
     """
     if job.config.method not in METHODS:
         raise ConfigError(f"--method is {job.config.method!r}.", f"Known methods: {', '.join(METHODS)}.")
-    if job.output is None or isinstance(job.source, onnx.ModelProto):
+    if job.output is None:
         return
-    source = pathlib.Path(job.source)
-    if source.exists() and job.output.exists() and os.path.samefile(source, job.output):
+    if not isinstance(job.source, onnx.ModelProto) and _same_file(pathlib.Path(job.source), job.output):
         raise ConfigError(f"The output {job.output} is the input itself.", "Choose another name for -o.")
+    folder = job.output.parent
+    if job.output.is_dir():
+        raise OutputError(f"The output {job.output} is a folder.", "Give a file name, for example small.onnx.")
+    if not folder.is_dir():
+        raise OutputError(f"The folder {folder} does not exist.", "Create it first.")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"The folder {folder} cannot be written to.", "Choose another folder for -o.")
+
+
+def _same_file(one: pathlib.Path, other: pathlib.Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _external_places(source: ModelSource) -> set[pathlib.Path]:
+    """Return the files beside the model in which it keeps weights."""
+    if isinstance(source, onnx.ModelProto):
+        return set()
+    path = pathlib.Path(source)
+    return {path.parent / place for place in models.external_places(path)}
+
+
+def _refuse_to_overwrite(job: Job, outside: set[pathlib.Path]) -> None:
+    """Refuse an output whose files would replace the input's weights: a.onnx keeps them in b.onnx.data, -o b.onnx."""
+    if job.output is None:
+        return
+    for target in (job.output, job.output.with_name(models.external_name(job.output))):
+        if any(_same_file(target, place) for place in outside):
+            raise ConfigError(
+                f"Writing {job.output} would overwrite {target}, which holds the input's weights.",
+                "Choose another name for -o.",
+            )
+
+
+def _refuse_without_layers(job: Job, subject: Subject) -> None:
+    """Say at once, and why, if nothing can be compressed and the exact rewrites alone miss the budget."""
+    budget = job.config.budget
+    before = subject.params if budget.kind == "params" else sum(subject.macs.values())
+    left = models.weight_count(subject.folded) if budget.kind == "params" else before
+    if subject.layers or left <= int(budget.fraction * before):
+        return
+    counts = collections.Counter(layer.reason for layer in subject.skipped)
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    raise BudgetError(
+        f"--{budget.kind} {budget.fraction} cannot be reached: no layer of this model can be compressed "
+        f"({reasons or 'it has no Conv, Gemm or MatMul'}).",
+        "onnx-lrs inspect MODEL lists every layer with its reason.",
+    )
+
+
+def _effective(config: Config, material: Material) -> Config:
+    """Return the settings with the image preprocessing that was really used, guessed values included."""
+    if material.samples is None or material.samples.preprocess is None:
+        return config
+    return dataclasses.replace(config, preprocess=material.samples.preprocess)
 
 
 def _opening_notes(job: Job, subject: Subject, material: Material) -> list[str]:
@@ -134,19 +193,31 @@ def _opening_notes(job: Job, subject: Subject, material: Material) -> list[str]:
             "Give typical inputs with --data FOLDER (images) or --data FILE.npy/.npz."
         )
     elif job.inputs.data is None:
-        notes.append("Fitted and judged on random inputs (--random-data): the quality figures say little.")
-    elif material.samples.guessed:
+        judged = "Fitted" if job.inputs.test is not None else "Fitted and judged"
         notes.append(
-            f"No preprocessing was named; assumed {material.samples.description}. "
+            f"{judged} on random inputs (--random-data); typical inputs (--data) would tell more and fit better."
+        )
+    else:
+        notes.append(f"Calibrated on {material.samples.description}.")
+    if material.judge is not None and job.inputs.test is not None:
+        notes.append(f"Judged on {material.judge.description}.")
+    if any(samples.guessed for samples in (material.samples, material.judge) if samples is not None):
+        notes.append(
+            "No preprocessing was named, so this one is assumed. "
             "If the model was trained otherwise, use --preset or --scale, --mean, --std."
         )
+    return notes + _wide_notes(job, subject, material)
+
+
+def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
+    if material.samples is None or job.config.method in DATA_FREE:
+        return []
     wide = [layer.name for layer in subject.layers if is_wide(layer, job.config.memory_bytes)]
-    if wide and material.samples is not None:
-        notes.append(f"Too wide for channel selection within --memory, low rank only: {', '.join(wide)}.")
-    return notes
+    outcome = "they stay dense" if job.config.method == "channels" else "low rank only"
+    return [f"Too wide for channel selection within --memory, {outcome}: {', '.join(wide)}."] if wide else []
 
 
-def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> tuple[Plan, dict[str, Fitted]]:
+def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> dict[str, Fitted]:
     """Two passes over the data: error curves of all layers and the plan, then the chosen layers on more samples."""
     config, split = job.config, material.split
     bench = Bench(subject.view, config.method, config.multiple, config.memory_bytes)
@@ -170,7 +241,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
         chosen = tuple(layer for layer in subject.layers if layer.node in plan.chosen)
         roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting)):
-            return plan, _fit(chosen, plan, bench, capture, roles, job.progress)
+            return _fit(chosen, plan, bench, capture, roles, job.progress)
 
 
 def _step_count(layers: tuple[Layer, ...], roles: Roles, material: Material, setting: Setting) -> int:
@@ -196,8 +267,9 @@ def _judge(
     """Check the new model and measure both; nothing is written before this is through."""
     config = job.config
     batching = (config.batch, subject.dynamic_batch)
-    judges = 0 if material.judge is None else -(-len(material.judge_items) // config.batch)
-    with clock.stage("verify", max(judges, 1)), contextlib.ExitStack() as stack:
+    every = config.batch if subject.dynamic_batch else 1
+    judges = None if material.judge is None else -(-len(material.judge_items) // every)
+    with clock.stage("verify", judges), contextlib.ExitStack() as stack:
         check_structure(subject.original, model)
         view = View(model)
         shapes = measure_shapes(model, view, [], subject.feed, config.threads)
@@ -211,42 +283,47 @@ def _judge(
                 sessions, material.judge, material.judge_items, material.labels, batching, job.progress
             )
         else:
-            _check_finite(sessions[1], subject)
+            _check_finite(sessions, subject)
         slow, fast = interleaved(sessions, subject.feed)
     before = Totals(subject.params, sum(subject.macs.values()), subject.file_bytes, slow)
     after = Totals(models.weight_count(model), sum(macs_by_node(view, shapes).values()), model.ByteSize(), fast)
     return before, after, quality
 
 
-def _check_finite(session: Session, subject: Subject) -> None:
-    """Without data the graph is run once on random numbers: it must not produce nonsense."""
-    for name, value in session.run(subject.feed).items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
+def _check_finite(sessions: tuple[Session, Session], subject: Subject) -> None:
+    """Without data both models run once on random numbers: the compressed one must not be the first to overflow."""
+    original, compressed = (session.run(subject.feed) for session in sessions)
+    for name, value in compressed.items():
+        if value.dtype.kind == "f" and np.isfinite(original[name]).all() and not np.isfinite(value).all():
             raise VerificationError(f"The compressed model's output {name!r} is not finite.", "Nothing was written.")
 
 
-def _write(job: Job, subject: Subject, model: onnx.ModelProto, after: Totals, clock: Clock) -> Totals:
+def _write(job: Job, model: onnx.ModelProto, after: Totals, external: bool, clock: Clock) -> Totals:
     if job.output is None:
         return after
     with clock.stage("write"):
-        models.save(model, job.output, external=_had_external_data(job.source))
+        models.save(model, job.output, external)
     return dataclasses.replace(after, file_bytes=models.file_bytes(job.output))
 
 
-def _had_external_data(source: ModelSource) -> bool:
-    if isinstance(source, onnx.ModelProto):
-        return False
-    return bool(models.external_places(pathlib.Path(source)))
+def _layer_results(
+    subject: Subject, rewritten: Rewritten, fitted: Mapping[str, Fitted], known: bool
+) -> tuple[LayerResult, ...]:
+    """Return what became of each layer; ``known`` says whether there are samples that errors were measured on."""
+    kept = rewritten.kept_outputs
+    return tuple(
+        _layer_result(layer, subject.macs[layer.node], kept.get(layer.node), fitted.get(layer.node), known)
+        for layer in subject.layers
+    )
 
 
-def _layer_result(subject: Subject, rewritten: Rewritten, fitted: Mapping[str, Fitted], layer: Layer) -> LayerResult:
-    done = fitted.get(layer.node)
-    outputs = rewritten.kept_outputs.get(layer.node)
+def _layer_result(
+    layer: Layer, macs: int, outputs: NDArray[np.int64] | None, done: Fitted | None, known: bool
+) -> LayerResult:
     kept_outputs = layer.out if outputs is None else len(outputs)
     factors = done.factors if done else None
     form, rank, kept = _describe(factors)
     params = _params(layer, factors, outputs)
-    macs = subject.macs[layer.node]
     return LayerResult(
         name=layer.name,
         op=layer.op,
@@ -261,13 +338,8 @@ def _layer_result(subject: Subject, rewritten: Rewritten, fitted: Mapping[str, F
         params_after=params,
         macs_before=macs,
         macs_after=params * (macs // layer.params),
-        error=done.error if done else (0.0 if subject_has_data(fitted) else None),
+        error=done.error if done else (0.0 if known else None),
     )
-
-
-def subject_has_data(fitted: Mapping[str, Fitted]) -> bool:
-    """Return whether errors are known at all."""
-    return any(f.error is not None for f in fitted.values())
 
 
 def _describe(factors: AnyFactors | None) -> tuple[str, int, int]:
@@ -284,8 +356,8 @@ def _params(layer: Layer, factors: AnyFactors | None, outputs: NDArray[np.int64]
     if factors is None:
         return layer.params - share * layer.d
     if isinstance(factors, SpatialFactors):
-        return factors.params - share * factors.left[0].size
-    return factors.params - share * (factors.rank + factors.sparse.shape[1])
+        return factors.params - share * int(factors.left[0].size)
+    return factors.params - share * (factors.rank + int(factors.sparse.shape[1]))
 
 
 def _skipped(subject: Subject) -> tuple[SkippedLayer, ...]:
@@ -304,4 +376,14 @@ def _closing_notes(before: Totals, after: Totals, quality: tuple[OutputQuality, 
                 f"Output {output.name!r} is off by {output.relative_l2:.0%} on held-out samples: "
                 "the budget is too tight for this model without retraining."
             )
+    return notes
+
+
+def _side_notes(job: Job, material: Material, quality: tuple[OutputQuality, ...] | None, external: bool) -> list[str]:
+    """Return what happened besides the wish: labels without use, a second file."""
+    notes = []
+    if material.labels is not None and all(output.accuracy_before is None for output in quality or ()):
+        notes.append("The labels were not used: no floating-point output has the shape (batch, classes).")
+    if external and job.output is not None:
+        notes.append(f"Its weights are in {models.external_name(job.output)} beside it, as the original's are outside.")
     return notes

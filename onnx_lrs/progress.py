@@ -29,3 +29,25 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Ignore it."""
+
+
+class Pace:
+    """One step for every ``every`` items, however they come grouped; ceil(items / every) steps in all."""
+
+    def __init__(self, progress: Progress, every: int) -> None:
+        self._progress = progress
+        self._every = every
+        self._waiting = 0
+
+    def advance(self, items: int) -> None:
+        """Count items that are done."""
+        self._waiting += items
+        while self._waiting >= self._every:
+            self._waiting -= self._every
+            self._progress.step(f"{self._every} samples")
+
+    def finish(self) -> None:
+        """Make the last step, for the rest."""
+        if self._waiting:
+            self._progress.step(f"{self._waiting} samples")
+            self._waiting = 0

@@ -19,7 +19,7 @@ from onnx_lrs.data import Samples, batches
 from onnx_lrs.errors import DataError
 from onnx_lrs.graph.layers import Geometry, Layer, weight_matrix
 from onnx_lrs.graph.model import View
-from onnx_lrs.progress import Progress
+from onnx_lrs.progress import Pace, Progress
 from onnx_lrs.runtime.session import Session, with_outputs
 from onnx_lrs.solvers.moments import Accumulator, Moments, permuted
 
@@ -125,6 +125,7 @@ class Capture:
         }
         tensors = sorted({layer.input for layer in firsts.values()} - self._fed)
         rows = sum(self._samples.rows(int(i)) for i in items)
+        pace = Pace(progress, setting.batch if setting.dynamic_batch else 1)
         for indices, feed in batches(self._samples, items, setting.batch, setting.dynamic_batch):
             values = feed | (self._session.run(feed, tensors) if self._session and tensors else {})
             for key, layer in firsts.items():
@@ -135,7 +136,8 @@ class Capture:
                         "Check the preprocessing of the data.",
                     )
                 yield key, chunk @ wide[key].T if key in wide else chunk
-            progress.step(f"{len(indices)} samples")
+            pace.advance(len(indices))
+        pace.finish()
 
     def _uniform(self, layer: Layer, indices: NDArray[np.int64], rows: int) -> NDArray[np.float64]:
         """Return numbers that decide the positions; they depend on seed and sample only, not on batches or layers."""
@@ -154,5 +156,5 @@ class Capture:
 
 
 def steps(items: NDArray[np.int64], setting: Setting) -> int:
-    """Return about how many batches a pass over the items has (for the progress bar)."""
+    """Return how many steps a pass over the items tells the progress bar."""
     return -(-len(items) // setting.batch) if setting.dynamic_batch else len(items)

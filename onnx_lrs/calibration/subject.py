@@ -17,10 +17,10 @@ from onnx_lrs.config import Config
 from onnx_lrs.data import Samples, TensorSpec
 from onnx_lrs.errors import ConfigError
 from onnx_lrs.graph import model as models
+from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
 from onnx_lrs.graph.fold import fold_batch_norm
 from onnx_lrs.graph.layers import Layer, Skipped, find
 from onnx_lrs.graph.model import ModelSource, View
-from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
 
 RANDOM_ITEMS = 64  # how many random inputs --random-data fits on

@@ -22,6 +22,7 @@ from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.progress import Progress
 from onnx_lrs.runtime.session import Feed, Session
+from onnx_lrs.runtime.verify import check_original_finite
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
 
@@ -40,11 +41,12 @@ def probe_of(candidates: Sequence[Candidate]) -> Candidate | None:
 
 def bounded(measured: Mapping[str, float]) -> dict[str, float]:
     """Return the measured sensitivities as weights: relative to their median, within 1 / BOUND and BOUND."""
-    values = np.array(list(measured.values()))
+    values = np.array([value for value in measured.values() if np.isfinite(value)])
     median = float(np.median(values)) if len(values) else 0.0
     if median <= 0:
         return dict.fromkeys(measured, 1.0)
-    return {node: float(np.clip(value / median, 1 / BOUND, BOUND)) for node, value in measured.items()}
+    ratios = {node: value / median if np.isfinite(value) else BOUND for node, value in measured.items()}
+    return {node: float(np.clip(ratio, 1 / BOUND, BOUND)) for node, ratio in ratios.items()}
 
 
 def sensitivities(
@@ -69,13 +71,21 @@ def sensitivities(
         Largest batch, whether the batch is dynamic, threads.
     progress : Progress
         Told one step a layer.
+
+    Raises
+    ------
+    DataError
+        If the original's own outputs are not finite.
     """
     size, dynamic, threads = batching
     feeds = [feed for _, feed in batches(samples, items[:PROBE_ITEMS], size, dynamic)]
     with Session(subject.folded, threads) as session:
         reference = [session.run(feed) for feed in feeds]
+    names = [name for name, value in reference[0].items() if value.dtype.kind == "f"]
+    for name in names:
+        check_original_finite(name, (outputs[name] for outputs in reference))
     found: dict[str, float] = {}
-    for layer in subject.layers:
+    for layer in subject.layers if names else ():
         if layer.node not in probes:
             continue
         loss, factors = probes[layer.node]

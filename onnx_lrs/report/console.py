@@ -215,7 +215,8 @@ def _latency_line(result: Result) -> list[Text]:
 
 def _quality(quality: tuple[OutputQuality, ...] | None) -> list[RenderableType]:
     if not quality:
-        return [_text("Quality: not measured (no calibration data).")]
+        reason = "no calibration data" if quality is None else "the model has no floating-point output"
+        return [_text(f"Quality: not measured ({reason}).")]
     columns: dict[str, list[str]] = {
         "Output": [q.name for q in quality],
         ">Relative error": [_percent(q.relative_l2) for q in quality],

@@ -72,7 +72,7 @@ class Session:
         self._folder = contextlib.ExitStack()
         try:
             self._session = ort.InferenceSession(self._loadable(model), options, providers=[CPU])
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime's exceptions share no base class but Exception
+        except Exception as error:
             self._folder.close()
             raise ModelError(f"ONNX Runtime cannot load the model: {_short(error)}") from error
         self.provider: str = self._session.get_providers()[0]
@@ -94,9 +94,11 @@ class Session:
             If ONNX Runtime fails to run the model on this feed.
         """
         wanted = list(names) if names is not None else self.outputs
+        if not wanted:  # which ONNX Runtime would take for all
+            return {}
         try:
             values = self._session.run(wanted, feed)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:
             shapes = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in feed.items())
             raise ModelError(
                 f"ONNX Runtime cannot run the model on {shapes}: {_short(error)}",

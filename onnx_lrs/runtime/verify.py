@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 from onnx_lrs.data import Samples, batches
 from onnx_lrs.errors import DataError, VerificationError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, signature
-from onnx_lrs.progress import Progress
+from onnx_lrs.progress import Pace, Progress
 from onnx_lrs.report.result import OutputQuality
 from onnx_lrs.runtime.session import Feed, Session
 
@@ -37,7 +39,7 @@ _REPORT = "Nothing was written. This is a bug in onnx-lrs; please report it with
 
 
 def _refuse_unless_inherited(original: onnx.ModelProto, error: Exception) -> None:
-    """A model that the checker refused before (custom operators, old quirks) may be refused after."""
+    """Raise, unless the checker refused the original too (custom operators, old quirks)."""
     try:
         onnx.checker.check_model(original, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
@@ -105,7 +107,7 @@ def compare_outputs(
 ) -> tuple[OutputQuality, ...]:
     """Return how close every floating-point output is on the given items.
 
-    ``labels`` holds the class of every row of the samples, ``batching`` the largest batch and whether the batch is dynamic.
+    ``labels`` holds the class of every row of the samples, ``batching`` the largest batch and whether it is dynamic.
 
     Raises
     ------
@@ -117,22 +119,36 @@ def compare_outputs(
     original, compressed = sessions
     starts = np.concatenate([[0], np.cumsum([samples.rows(i) for i in range(len(samples))])])
     meters: dict[str, Meter] = {}
-    for indices, feed in batches(samples, items, *batching):
+    size, dynamic = batching
+    pace = Pace(progress, size if dynamic else 1)
+    for indices, feed in batches(samples, items, size, dynamic):
         a, b = original.run(feed), compressed.run(feed)
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
         for name in original.outputs:
             if a[name].dtype.kind == "f":
                 _check_finite(name, a, b)
                 meters.setdefault(name, Meter(name)).add(a[name], b[name], None if labels is None else labels[rows])
-        progress.step(f"{len(indices)} samples")
+        pace.advance(len(indices))
+    pace.finish()
     return tuple(meter.quality() for meter in meters.values())
 
 
-def _check_finite(name: str, a: Feed, b: Feed) -> None:
-    if not np.isfinite(a[name]).all():
+def check_original_finite(name: str, values: Iterable[NDArray[np.generic]]) -> None:
+    """Refuse data on which the original itself fails: there is nothing to compare with.
+
+    Raises
+    ------
+    DataError
+        If a value of the output is not finite.
+    """
+    if not all(np.isfinite(value).all() for value in values):
         raise DataError(
             f"The original model's output {name!r} is not finite on this data.", "Check the preprocessing of the data."
         )
+
+
+def _check_finite(name: str, a: Feed, b: Feed) -> None:
+    check_original_finite(name, [a[name]])
     if a[name].shape != b[name].shape:
         raise VerificationError(f"Output {name!r} has shape {b[name].shape} instead of {a[name].shape}.", _REPORT)
     if not np.isfinite(b[name]).all():

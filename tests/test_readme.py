@@ -1,0 +1,111 @@
+"""What README.md tells people to type works, and what it says of flags and codes is so."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from onnx_lrs import cli, errors
+from tests import small_nets as nets
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_RUN_HERE = ("pip", "pytest")  # need a network, or are running already
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+COMMANDS = [shlex.split(line) for block in blocks("bash") for line in block.splitlines() if line.strip()]
+RUNNABLE = [command for command in COMMANDS if command[0] not in NOT_RUN_HERE and command[1:] != ["demo"]]
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch) -> Path:
+    """A folder with the files that README names."""
+    onnx.save(nets.conv_net(), tmp_path / "model.onnx")
+    np.save(tmp_path / "images.npy", nets.as_floats(nets.pictures(20)))
+    for name, count in (("calibration", 20), ("test", 8)):
+        for number, pixels in enumerate(nets.pictures(count, seed=len(name))):
+            folder = tmp_path / name / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_set_up_and_main_job_are_two_commands_and_so_are_the_tests():
+    first, tests = blocks("bash")[0].splitlines(), blocks("bash")[2].splitlines()
+    assert [line.split()[0] for line in first] == ["pip", "onnx-lrs"]
+    assert [line.split()[0] for line in tests] == ["pip", "pytest"]
+
+
+@pytest.mark.parametrize("command", RUNNABLE, ids=" ".join)
+def test_the_commands_run(command, prepared, capsys):
+    program, *argv = command
+    assert program == "onnx-lrs"
+    assert cli.main(argv) == 0, capsys.readouterr().err
+    if "-o" in argv:
+        small = onnx.load(argv[argv.index("-o") + 1])
+        assert nets.count_macs(small, {"N": 1}) <= nets.count_macs(nets.conv_net(), {"N": 1})
+    assert ("--json" in argv) == (prepared / "report.json").exists()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_python_runs(number, prepared):
+    exec(compile(blocks("python")[number], "README.md", "exec"), {})  # our own README
+    small = onnx.load(prepared / "small.onnx")
+    assert nets.count_params(small) < nets.count_params(nets.conv_net())
+
+
+def test_the_shown_output_is_the_demos(capsys):
+    """Times differ everywhere and the last digits may on another machine; a changed method shows."""
+    assert cli.main(["demo"]) == 0
+    shown, real = (figures(text) for text in (blocks("text")[0], capsys.readouterr().err))
+    assert shown[::2] == real[::2] == ["431 k", "2.29 M", "1.73 MB"]
+    for ours, theirs in zip(shown[1::2], real[1::2], strict=True):
+        assert float(ours.split()[0]) == pytest.approx(float(theirs.split()[0]), rel=0.03)
+
+
+def figures(text: str) -> list[str]:
+    """Return before and after of the first three rows of the table of sizes."""
+    rows = [line for line in text.splitlines() if line.startswith(("Parameters  ", "MACs  ", "File size  "))]
+    return [cell for row in rows for cell in re.findall(r"[\d.]+ (?:k|M|G)?B?(?=\s)", row)[:2]]
+
+
+def test_every_flag_named_exists():
+    parsers = [make() for make in cli.PARSERS.values()]
+    known = {option for parser in parsers for option in options(parser)}
+    named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", re.sub(r"```.*?```", "", README, flags=re.DOTALL)))
+    assert named - {"-v"} <= known, named - known
+
+
+def options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def test_the_exit_codes_are_the_real_ones():
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
+    assert listed == {0, 1, 130} | {kind.exit_code for kind in errors.OnnxLrsError.__subclasses__()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/result.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_architecture_page_names_every_module():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "onnx_lrs"
+    modules = {path.name for path in package.rglob("*.py") if not path.name.startswith("__")}
+    assert {name for name in modules if f"{name} " not in page} == set()
