@@ -220,7 +220,7 @@ def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
 def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> dict[str, Fitted]:
     """Two passes over the data: error curves of all layers and the plan, then the chosen layers on more samples."""
     config, split = job.config, material.split
-    bench = Bench(subject.view, config.method, config.multiple, config.memory_bytes)
+    bench = Bench(subject.view, config.method, config.multiple, config.memory_bytes, config.threads)
     setting = Setting(
         config.memory_bytes, config.columns, config.batch, config.threads, config.seed, subject.dynamic_batch
     )

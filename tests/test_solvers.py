@@ -13,11 +13,25 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lrs.solvers import METHODS, Budget, Candidate, Factors, Moments, Problem, Status, curve, fit, objective, solve
+from onnx_lrs.solvers import (
+    METHODS,
+    Budget,
+    Candidate,
+    Factors,
+    Moments,
+    Problem,
+    SpatialFactors,
+    Status,
+    curve,
+    fit,
+    objective,
+    solve,
+)
 from onnx_lrs.solvers.channels import eliminate, inverse_spd, removal_scores
 from onnx_lrs.solvers.closed_form import DATA_FREE, NO_CHANNELS, candidates, data_free_split, refit
 from onnx_lrs.solvers.problem import columns_of, judged
 from onnx_lrs.solvers.solve import undominated
+from onnx_lrs.solvers.spatial import fit_spatial, spatial_candidates
 from onnx_lrs.solvers.spectral import DAMPING, assemble, damped, losses, reduce_rows, splits, unexplained
 
 NAMES = sorted(METHODS)
@@ -871,3 +885,62 @@ def test_a_layer_in_the_space_of_its_outputs_counts_its_real_columns():
     for a, b in zip(curve(narrow, "hsvd", 1), curve(full, "hsvd", 1), strict=True):
         assert (a.rank, a.params) == (b.rank, b.params)
         assert a.loss == pytest.approx(b.loss, rel=0.05, abs=1e-3)  # the damping differs
+
+
+# --- the spatial form -----------------------------------------------------------------------------------------------
+
+
+def spatial_problem(seed, data=True, kernel=(3, 2), channels=4, out=6):
+    plain = make(seed, out=out, channels=channels, taps=kernel[0] * kernel[1])
+    return dataclasses.replace(plain, kernel=kernel) if data else Problem(plain.weight, plain.taps, kernel=kernel)
+
+
+def test_a_spatial_kernel_of_full_rank_is_exact():
+    problem = spatial_problem(30)
+    factors, _ = fit_spatial(problem, 12, DAMPING)
+    np.testing.assert_allclose(factors.dense(), problem.weight, atol=1e-6)
+
+
+def test_a_planted_spatial_kernel_is_found():
+    rng = np.random.default_rng(31)
+    planted = SpatialFactors(rng.standard_normal((6, 2, 2)), rng.standard_normal((2, 4, 3)), np.zeros(6)).dense()
+    problem = dataclasses.replace(spatial_problem(31), weight=planted)
+    factors, _ = fit_spatial(problem, 2, DAMPING)
+    np.testing.assert_allclose(factors.dense(), planted, atol=1e-6)
+    assert factors.params == 2 * (4 * 3 + 6 * 2)
+
+
+def test_without_data_it_is_the_truncated_svd_of_the_other_matrix():
+    problem = spatial_problem(32, data=False)
+    tail = np.linalg.svd(problem.weight.reshape(6, 4, 3, 2).transpose(1, 2, 0, 3).reshape(12, 12), compute_uv=False)
+    for rank in (1, 3, 5):
+        factors, _ = fit_spatial(problem, rank, DAMPING)
+        distance = np.square(problem.weight - factors.dense()).sum()
+        assert distance == pytest.approx(np.square(tail[rank:]).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_half_step_of_the_spatial_fit_lowers_the_objective(seed):
+    problem = spatial_problem(40 + seed)
+    factors, history = fit_spatial(problem, 3, DAMPING)
+    assert len(history) == 3
+    assert history[0] >= history[1] >= history[2] > 0
+    metric = damped(problem)
+    assert history[-1] == pytest.approx(j_of(problem.weight, factors.dense(), metric), rel=1e-9)
+    rng = np.random.default_rng(seed)
+    for _ in range(30):  # left is optimal for its right: no neighbour is better
+        other = dataclasses.replace(factors, left=factors.left + 1e-3 * rng.standard_normal(factors.left.shape))
+        assert j_of(problem.weight, other.dense(), metric) >= history[-1] * (1 - 1e-10)
+
+
+def test_spatial_candidates_are_judged_on_the_other_samples_and_cost_what_they_say():
+    problem = spatial_problem(50)
+    found = spatial_candidates(problem, 1, DAMPING)
+    assert found
+    validation = problem.validation or problem.moments
+    for candidate in found:
+        factors, _ = fit_spatial(problem, candidate.rank, candidate.damping)
+        assert candidate.params == factors.params <= 0.95 * problem.params
+        assert judged(problem.weight, factors, validation) ** 2 <= candidate.loss * 1.5  # the fit goes on from there
+    assert not spatial_candidates(dataclasses.replace(problem, kernel=None), 1, DAMPING)
+    assert not spatial_candidates(dataclasses.replace(problem, kernel=(6, 1)), 1, DAMPING)

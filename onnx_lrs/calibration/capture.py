@@ -1,7 +1,7 @@
 """Run the samples through ONNX Runtime and reduce every layer's input to moments, batch by batch; nothing is kept.
 
-Layers that read the same tensor in the same way (the 1x1 branches of an inception module) share one statistic. A layer too
-wide for a d x d matrix is described by the moments of its own outputs W x, which is all the low-rank step needs.
+Layers that read the same tensor in the same way (the 1x1 branches of an inception module) share one statistic. A layer
+too wide for a d x d matrix is described by the moments of its own outputs W x, which is all the low-rank step needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onnx_lrs.progress import Pace, Progress
 from onnx_lrs.runtime.session import Session, with_outputs
 from onnx_lrs.solvers.moments import Accumulator, Moments, permuted
 
-MATRICES_PER_SOLVE = 6  # d x d float64 at once while one layer is solved: two moments, inverse, factor, two temporaries
+MATRICES_PER_SOLVE = 8  # d x d float64 at once while one layer is solved: two moments, metric, factor, temporaries
 COLUMNS_PER_WIDTH = 8  # columns wanted per column of H, so that its inverse means something
 
 Key = tuple[str, Geometry, str]
@@ -42,6 +42,11 @@ class Setting:
 
 
 Roles = Mapping[str, NDArray[np.int64]]  # name of a statistic -> the items that make it
+
+
+def is_too_large(layer: Layer, memory_bytes: int) -> bool:
+    """Return whether not even the smaller side of the layer has room for its matrices."""
+    return 8 * min(layer.out, layer.d) ** 2 * MATRICES_PER_SOLVE > memory_bytes
 
 
 def is_wide(layer: Layer, memory_bytes: int) -> bool:

@@ -1,7 +1,8 @@
 """im2col columns of a layer's input at sampled positions.
 
-The columns come out tap-major (taps, channels), because gathering whole channel vectors from a channels-last copy is several
-times faster than gathering single kernel windows; :func:`channel_major` is the permutation back to the weight's order.
+The columns come out tap-major (taps, channels), because gathering whole channel vectors from a channels-last copy is
+several times faster than gathering single kernel windows; :func:`channel_major` is the permutation back to the weight's
+order.
 """
 
 from __future__ import annotations
@@ -75,10 +76,8 @@ def _conv_columns(geometry: Geometry, values: NDArray[np.generic], uniform: NDAr
     batch, count = len(values), math.prod(output)
     if batch != len(uniform):  # the graph folds something into the batch axis (windows, frames)
         uniform = np.resize(uniform, (batch, max(uniform.size // batch, 1)))
-    if count <= uniform.shape[1]:
-        flat = np.broadcast_to(np.arange(count), (batch, count))
-    else:
-        flat = _strata(uniform, count)
+    everywhere = count <= uniform.shape[1]
+    flat = np.broadcast_to(np.arange(count), (batch, count)) if everywhere else _strata(uniform, count)
     sample = np.repeat(np.arange(batch), flat.shape[1])
     corner = [axis.ravel() * s for axis, s in zip(np.unravel_index(flat, output), geometry.strides, strict=True)]
     last = np.ascontiguousarray(np.moveaxis(padded, 1, -1))

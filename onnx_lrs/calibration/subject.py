@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_lrs import data as sources
+from onnx_lrs.calibration.capture import is_too_large
 from onnx_lrs.config import Config
 from onnx_lrs.data import Samples, TensorSpec
 from onnx_lrs.errors import ConfigError
@@ -112,7 +113,7 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
     dynamic = all(len(spec.shape) > 0 and not isinstance(spec.shape[0], int) for spec in inputs)
     folded, _ = fold_batch_norm(original)
     view = View(folded)
-    layers, skipped = find(view, config.exclude)
+    layers, skipped = _that_fit(*find(view, config.exclude), config.memory_bytes)
     feed = _probe_feed(config, inputs, samples, dynamic)
     shapes = measure_shapes(folded, view, [layer.input for layer in layers], feed, config.threads)
     in_memory = isinstance(source, onnx.ModelProto)
@@ -129,6 +130,16 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
         file_bytes=original.ByteSize() if in_memory else models.file_bytes(pathlib.Path(source)),
         dynamic_batch=dynamic,
     )
+
+
+def _that_fit(
+    layers: tuple[Layer, ...], skipped: tuple[Skipped, ...], memory_bytes: int
+) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
+    """Move the layers whose matrices have no room in memory to the skipped ones."""
+    large = [layer for layer in layers if is_too_large(layer, memory_bytes)]
+    reason = f"too large for --memory {memory_bytes / 2**30:.3g}GiB; allow more"
+    left = tuple(Skipped(la.name, la.op, la.node, la.weight_shape, la.params, reason) for la in large)
+    return tuple(layer for layer in layers if layer not in large), skipped + left
 
 
 def measure_shapes(

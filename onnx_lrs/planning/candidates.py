@@ -1,4 +1,4 @@
-"""From a layer and its moments to a solver's problem, its error curve, and back to factors in the layer's own columns."""
+"""From a layer and its moments to a solver's problem, its error curve, and back to factors of the layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from onnx_lrs.calibration.capture import is_wide
 from onnx_lrs.graph.layers import Layer, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.solvers import Candidate, Moments, Problem, curve, fit
+from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.closed_form import DATA_FREE
 from onnx_lrs.solvers.problem import AnyFactors, Factors, judged
 
@@ -34,17 +35,20 @@ class Bench:
     method: str
     multiple: int
     memory_bytes: int
+    threads: int
 
     def curve(self, layer: Layer, moments: Mapping[str, Moments]) -> list[Candidate]:
         """Return the layer's undominated candidates, losses on the SELECT moments (weights only if there are none)."""
         method, problem = self._problem(layer, moments)
-        return curve(problem, method, self.multiple) if method else []
+        with threads_for(problem.d, self.threads):
+            return curve(problem, method, self.multiple) if method else []
 
     def fit(self, layer: Layer, chosen: Candidate, moments: Mapping[str, Moments]) -> Fitted:
         """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE moments."""
         method, problem = self._problem(layer, moments)
         assert method is not None  # a layer without a method has no candidates to choose
-        factors = fit(problem, chosen, method).factors
+        with threads_for(problem.d, self.threads):
+            factors = fit(problem, chosen, method).factors
         assert factors is not None
         judge = moments.get(JUDGE)
         narrow = self._in_outputs(layer, moments)
@@ -69,7 +73,8 @@ class Bench:
         if self._is_wide(layer):
             fit_on = select_on = None
         weight = weight_matrix(self.view, layer)
-        kernel = layer.geometry.kernel if len(layer.geometry.kernel) == 2 else None
+        square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
+        kernel = (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square else None
         return self.method, Problem(weight, layer.taps, fit_on, select_on, layer.affine, kernel)
 
     def _widened(self, layer: Layer, factors: AnyFactors) -> Factors:

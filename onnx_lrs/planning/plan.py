@@ -70,8 +70,8 @@ def weighted(curves: Curves, sensitivity: Mapping[str, float]) -> dict[str, list
 def make_plan(subject: Subject, curves: Curves, budget: Budget) -> Plan:
     """Choose one candidate for each layer so that the whole model keeps to the budget at the least total loss.
 
-    Filters that no reader needs any more (graph/rewrite.py) make a plan cheaper than the sum of its layers. That slack is
-    given out again until the real cost comes close to the budget.
+    Filters that no reader needs any more (graph/rewrite.py) make a plan cheaper than the sum of its layers. That slack
+    is given out again until the real cost comes close to the budget.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def make_plan(subject: Subject, curves: Curves, budget: Budget) -> Plan:
 def _spend_slack(
     best: Solved, limit: int, solve: Callable[[int], Solved | None], subject: Subject, budget: Budget
 ) -> Plan:
-    """Raise the knapsack's limit while the real cost (dead filters taken off) keeps to ``limit``; halve what overshoots."""
+    """Raise the knapsack's limit while the real cost (less dead filters) keeps to ``limit``; halve what overshoots."""
     given, step = limit, limit - _spent(subject, best, budget)
     for _ in range(SLACK_ROUNDS):
         if step <= limit * SLACK_SHARE:

@@ -2,11 +2,12 @@
 
 The loss of a candidate is its relative squared error times the layer's sensitivity,
 
-    s = (relative squared change of the outputs with one probe candidate in place) / (relative squared error of the probe).
+    s = (relative squared change of the outputs with one probe in place) / (relative squared error of the probe).
 
-An error of the last layer reaches the outputs as it is; one before a wide, redundant layer is averaged away. The knapsack
-over plain layer errors does not know the difference. A probe is one point of a curve that is not straight, and errors of
-many layers do not simply add up, so the measured values are bounded around their median (see :func:`bounded`).
+An error of the last layer reaches the outputs as it is; one before a wide, redundant layer is averaged away. The
+knapsack over plain layer errors does not know the difference. A probe is one point of a curve that is not straight, and
+errors of many layers do not simply add up, so the measured values are bounded around their median (see
+:func:`bounded`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from onnx_lrs.runtime.verify import check_original_finite
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
 
-PROBE_LOSS = (
-    0.03  # relative squared error of a probe: the size of error a plan at half of the parameters gives its layers
-)
-BOUND = 2.0  # cifar_resnet20 at params 0.7 / 0.5: none 90.2 / 78.7, bound 2 89.8 / 81.2, bound 3 87.0 / 81.3, free 87.0 / 77.3
+PROBE_LOSS = 0.03  # relative squared error of a probe: about what a plan at half of the parameters gives a layer
+# cifar_resnet20 at params 0.7 / 0.5: none 90.2 / 78.7, bound 2 89.8 / 81.2, bound 3 87.0 / 81.3, free 87.0 / 77.3
+BOUND = 2.0
 PROBE_ITEMS = 64  # samples on which the outputs are compared
 
 

@@ -60,13 +60,13 @@ def removal_scores(weights: Array, inverse: Array, taps: int) -> Array:
     """
     k = weights.shape[1] // taps
     if taps == 1:
-        return np.einsum("mk,mk->k", weights, weights) / np.diagonal(inverse)
+        return np.asarray(np.einsum("mk,mk->k", weights, weights) / np.diagonal(inverse))
     start, tap = np.arange(k)[:, None, None] * taps, np.arange(taps)
     blocks = np.tril(inverse[start + tap[:, None], start + tap])
     blocks += np.tril(blocks, -1).transpose(0, 2, 1)
     grams = weights.reshape(-1, k, taps).transpose(1, 2, 0)
     grams = grams @ grams.transpose(0, 2, 1)
-    return np.einsum("kab,kba->k", np.linalg.inv(blocks), grams)
+    return np.asarray(np.einsum("kab,kba->k", np.linalg.inv(blocks), grams))
 
 
 def inverse_spd(matrix: Array) -> Array:

@@ -1,19 +1,20 @@
 """The methods that need no iteration over data: svd, hsvd, channels, magnitude, and their union lrs.
 
-Each is a function ``method(problem, multiple, damping) -> Family``; a split admits every rank at once (spectral.py), so a
-method is fully described by the supports it tries, the metric of its basis, and whether it refits.
+Each is a function ``method(problem, multiple, damping) -> Family``; a split admits every rank at once (spectral.py), so
+a method is fully described by the supports it tries, the metric of its basis, and whether it refits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from onnx_lrs.solvers.channels import eliminate
 from onnx_lrs.solvers.moments import Moments
 from onnx_lrs.solvers.problem import Array, Budget, Candidate, Factors, Indices, Problem, columns_of, objective
+from onnx_lrs.solvers.spatial import spatial_candidates
 from onnx_lrs.solvers.spectral import (
     DAMPING,
     Curve,
@@ -41,10 +42,11 @@ class Family:
 
     curves: Iterable[Curve]
     damping: float = DAMPING
+    others: Sequence[Candidate] = ()
 
 
 def kept_counts(channels: int, rows: int, multiple: int) -> list[int]:
-    """Return the support sizes to try: multiples, at most 12 (an eigenproblem of ``rows`` each), denser at the low end."""
+    """Return the support sizes to try: multiples, at most 12 (an eigenproblem each), denser at the low end."""
     most = 12 if rows <= 1024 else 6 if rows <= 2048 else 3
     every = np.arange(multiple, channels, multiple)
     if len(every) <= most:
@@ -68,12 +70,16 @@ def channels(problem: Problem, multiple: int, damping: float) -> Family:
 
 
 def lrs(problem: Problem, multiple: int, damping: float) -> Family:
-    """Low rank and kept channels together; contains all of hsvd and all of ``channels``, so it is never worse."""
+    """Low rank and kept channels together; contains all of hsvd and all of ``channels``, so it is never worse.
+
+    For k x k kernels the spatial form is offered as well.
+    """
     target, metric = reduce_rows(problem.weight).target, damped(problem, damping)
     order = importance(target, metric, problem.taps)
     ranked = [0, *kept_counts(problem.channels, len(target), multiple)]
     plain = sorted(set(range(multiple, problem.channels, multiple)) - set(ranked))
-    return Family(prefix_curves(problem, target, metric, order, (ranked, plain)), damping)
+    curves = prefix_curves(problem, target, metric, order, (ranked, plain))
+    return Family(curves, damping, spatial_candidates(problem, multiple, damping))
 
 
 def svd(problem: Problem, multiple: int, damping: float) -> Family:
@@ -114,9 +120,9 @@ def importance(target: Array, metric: Array | None, taps: int) -> Indices:
 
 
 def candidates(problem: Problem, family: Family, multiple: int) -> list[Candidate]:
-    """Return every (rank, support) of the family that is smaller than the dense layer, judged on the validation moments."""
+    """Return every (rank, support) of the family that is smaller than the dense layer, with its validation loss."""
     scale = _reference(problem, problem.validation or problem.moments)
-    found = []
+    found = list(family.others)
     for curve in family.curves:
         most = min(len(curve.losses) - 1, problem.params // problem.rank_cost)
         for rank in range(0, most + 1, multiple):

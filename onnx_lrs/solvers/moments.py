@@ -42,7 +42,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 class Accumulator:
-    """Streams columns into :class:`Moments`; holds one d x d matrix and at most ``FLUSH_ROWS`` + one batch of columns."""
+    """Streams columns into :class:`Moments`; holds one d x d matrix and ``FLUSH_ROWS`` + one batch of columns."""
 
     def __init__(self, d: int) -> None:
         self._count = 0

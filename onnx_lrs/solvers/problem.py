@@ -235,7 +235,7 @@ def objective(weight: Array, approximation: Array, moments: Moments | None, affi
 
 
 def judged(weight: Array, factors: AnyFactors, moments: Moments, affine: bool = True) -> float:
-    """Return the relative error ||y - y'|| / ||y - mean y|| (uncentred below when not affine) on other samples' moments.
+    """Return the relative error ||y - y'|| / ||y - mean y|| on other samples' moments (uncentred when not affine).
 
     The bias shift of the factors is part of y', so a shifted mean counts as an error.
     """

@@ -8,7 +8,8 @@ import numpy as np
 
 from onnx_lrs.solvers import closed_form
 from onnx_lrs.solvers.closed_form import Family, best_within, candidates, data_free_split, exactly, refit
-from onnx_lrs.solvers.problem import Budget, Candidate, Factors, Problem, Solution, Status, objective
+from onnx_lrs.solvers.problem import AnyFactors, Budget, Candidate, Problem, Solution, Status, objective
+from onnx_lrs.solvers.spatial import FORM, fit_spatial
 from onnx_lrs.solvers.spectral import assemble, choose_damping, reduce_rows
 
 METHODS: dict[str, Callable[[Problem, int, float], Family]] = {
@@ -74,14 +75,16 @@ def fit(problem: Problem, chosen: Candidate, method: str) -> Solution:
     """Solve for the rank and support of a candidate (made on other moments, perhaps)."""
     if method in closed_form.DATA_FREE:  # nothing to refit
         split = data_free_split(problem, chosen.support, low_rank=chosen.rank > 0)
-        factors = assemble(problem, reduce_rows(problem.weight), split, chosen.rank, shift=False)
+        factors: AnyFactors = assemble(problem, reduce_rows(problem.weight), split, chosen.rank, shift=False)
         history: tuple[float, ...] = ()
+    elif chosen.form == FORM:
+        factors, history = fit_spatial(problem, chosen.rank, chosen.damping)
     else:
         factors, history = refit(problem, chosen)
     return Solution(Status.SOLVED, factors, _objective(problem, factors), history)
 
 
-def _objective(problem: Problem, factors: Factors) -> float:
+def _objective(problem: Problem, factors: AnyFactors) -> float:
     value = objective(problem.weight, factors.dense(), problem.moments, problem.affine)
     if not np.isfinite(value):
         raise FloatingPointError("a solver returned values that are not finite")

@@ -6,10 +6,10 @@ Fix the kept columns K and write T for the target, H for the (damped) metric. Th
 .. math:: \min_S J(L + S) = \mathrm{tr}\,(T - L)\,H_{|K}\,(T - L)^T, \qquad H_{|K} = H - H_{:K} H_{KK}^{-1} H_{K:}.
 
 With U the top r eigenvectors of ``T H_|K T^T`` the joint optimum is ``L = U U^T T`` and
-``S = (I - U U^T) T H_{:K} H_{KK}^{-1}``, and its error is the sum of the dropped eigenvalues. K empty is the low-rank step
-in the H-metric; r = 0 is least squares on kept channels. One Cholesky factorisation ``H = C C^T`` with the columns in order
-of importance serves every K that is a prefix of that order: with ``B = T C``, ``T H_|K T^T`` is the Gram of B's columns
-behind K.
+``S = (I - U U^T) T H_{:K} H_{KK}^{-1}``, and its error is the sum of the dropped eigenvalues. K empty is the low-rank
+step in the H-metric; r = 0 is least squares on kept channels. One Cholesky factorisation ``H = C C^T`` with the columns
+in order of importance serves every K that is a prefix of that order: with ``B = T C``, ``T H_|K T^T`` is the Gram of
+B's columns behind K.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def reduce_rows(weight: Array) -> Reduced:
 def choose_damping(problem: Problem) -> float:
     """Return the damping that generalises best from few columns; DAMPING when there are enough of them.
 
-    Fully connected layers see one sample per image, so H is often rank-deficient, and what is fitted to it fails on other
-    samples. Each value of DAMPINGS is judged on the validation moments by the mean log error of two easy families: low
-    rank alone, and half of the channels (those of largest norm) refitted.
+    Fully connected layers see one sample per image, so H is often rank-deficient, and what is fitted to it fails on
+    other samples. Each value of DAMPINGS is judged on the validation moments by the mean log error of two easy
+    families: low rank alone, and half of the channels (those of largest norm) refitted.
     """
     moments, validation = problem.moments, problem.validation
     if moments is None or validation is None or moments.count >= ENOUGH_COLUMNS * problem.d:
@@ -149,9 +149,9 @@ def prefix_curves(
     """Yield the error curve of each prefix of the channel ``order`` on the judging samples.
 
     ``counts`` are the prefix lengths beside which every rank is tried, and those that stand alone. With ``x = C z`` (C
-    the Cholesky factor of the metric in the given order, V the judging samples' second moment about the fitted mean) the
-    error of prefix k is that of ``B[:, k:] z[k:]`` with ``B = T C``, whose moment is ``A = C^{-1} V C^{-T}``: neither the
-    factors nor the residuals have to be formed. Without rank all prefixes cost one product,
+    the Cholesky factor of the metric in the given order, V the judging samples' second moment about the fitted mean)
+    the error of prefix k is that of ``B[:, k:] z[k:]`` with ``B = T C``, whose moment is ``A = C^{-1} V C^{-T}``:
+    neither the factors nor the residuals have to be formed. Without rank all prefixes cost one product,
     ``J(k) = sum of (A * B^T B)[k:, k:]``.
     """
     ranked, plain = counts
@@ -160,7 +160,7 @@ def prefix_curves(
     if metric is not None:
         factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)], lower=True, overwrite_a=True)
         explained = explained @ factor
-        judged = _whitened(_judging_moment(problem)[np.ix_(columns, columns)], factor)
+        judged = _whitened(judging_moment(problem, columns), factor)
         del factor
     for k in ranked:
         rest = explained[:, k * problem.taps :]
@@ -172,12 +172,17 @@ def prefix_curves(
         yield from (Curve(order[:k], tails[[k * problem.taps]]) for k in plain)
 
 
-def _judging_moment(problem: Problem) -> Array:
-    """Return E[(x - c)(x - c)^T] of the judging samples; c is the mean that the bias was fitted to, 0 without a bias."""
+def judging_moment(problem: Problem, columns: Indices) -> Array:
+    """Return E[(x - c)(x - c)^T] of the judging samples, columns in the given order.
+
+    c is the mean that the bias was fitted to, 0 without a bias.
+    """
     assert problem.moments is not None
     judge = problem.validation or problem.moments
     offset = judge.mean - problem.moments.mean if problem.affine else judge.mean
-    return judge.cov + np.outer(offset, offset)
+    moment = judge.cov[np.ix_(columns, columns)]
+    moment += np.outer(offset[columns], offset[columns])
+    return moment
 
 
 def _whitened(moment: Array, factor: Array) -> Array:
@@ -193,7 +198,8 @@ def _tail_sums(gram: Array, weights: Array | None) -> Array:
     else:
         gram *= weights
         rows = np.array([row[i] + 2.0 * row[i + 1 :].sum() for i, row in enumerate(gram)])
-    return np.maximum(np.append(np.cumsum(rows[::-1])[::-1], 0.0), 0.0)
+    tails: Array = np.append(np.cumsum(rows[::-1])[::-1], 0.0)
+    return np.maximum(tails, 0.0)
 
 
 def _regress(explained: Array, factor: Array) -> Array:
@@ -204,7 +210,7 @@ def _regress(explained: Array, factor: Array) -> Array:
 
 
 def unexplained(target: Array, split: Split, taps: int) -> Array:
-    """Return F, (m, d): ``F x`` is what the kept channels leave of ``target @ x``; rank r then leaves (I - U U^T) F x."""
+    """Return F, (m, d): what the kept channels leave is ``F x``, and of that rank r leaves ``(I - U U^T) F x``."""
     rest = target.copy()
     rest[:, columns_of(split.support, taps)] -= split.coefficients
     return rest
