@@ -102,7 +102,7 @@ def test_the_package_is_found():
 def test_solvers_know_arrays_only():
     for module in within("solvers"):
         assert module.packages() <= {"__future__", "collections", "dataclasses", "enum", "typing", "numpy", "scipy"} | {
-            *("functools", "itertools", "math", "onnx_lrs", "cvxpy")
+            *("contextlib", "functools", "itertools", "math", "onnx_lrs", "cvxpy", "threadpoolctl")
         }
         assert all(name.startswith("onnx_lrs.solvers") for name in module.inside())
 

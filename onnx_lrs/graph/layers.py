@@ -329,13 +329,14 @@ def _is_row(values: NDArray[Any], out: int) -> bool:
     return values.size == out and values.shape[-1:] == (out,) and values.dtype == np.float32
 
 
-def weight_matrix(view: View, layer: Layer) -> NDArray[np.float64]:
-    """Return W, (out, d), float64, so that the layer computes ``W x + bias_row``; Gemm's alpha is inside."""
-    matrix = view.constant(layer.weight).astype(np.float64)
+def weight_matrix(view: View, layer: Layer, dtype: type[np.floating[Any]] = np.float64) -> NDArray[Any]:
+    """Return W, (out, d), so that the layer computes ``W x + bias_row``; Gemm's alpha is inside."""
+    matrix = view.constant(layer.weight).astype(dtype, copy=False)
     if layer.op == "Conv":
         return matrix.reshape(layer.out, layer.d)
     if layer.op == "Gemm":
-        return layer.geometry.alpha * (matrix if layer.geometry.trans_b else matrix.T)
+        matrix = matrix if layer.geometry.trans_b else matrix.T
+        return matrix if layer.geometry.alpha == 1.0 else dtype(layer.geometry.alpha) * matrix
     return matrix if layer.geometry.weight_left else matrix.T
 
 

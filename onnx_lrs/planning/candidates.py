@@ -13,9 +13,11 @@ from onnx_lrs.graph.layers import Layer, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.solvers import Candidate, Moments, Problem, curve, fit
 from onnx_lrs.solvers.blas import threads_for
-from onnx_lrs.solvers.closed_form import DATA_FREE
+from onnx_lrs.solvers.closed_form import DATA_FREE, ROUNDS
 from onnx_lrs.solvers.problem import AnyFactors, Factors, judged
 
+KEEPS_CHANNELS = ("channels", "magnitude")  # methods without a low-rank part
+BLOCK = 4096  # columns of W taken to float64 at a time
 FIT, SELECT, JUDGE = "fit", "select", "judge"
 
 
@@ -43,42 +45,49 @@ class Bench:
         with threads_for(problem.d, self.threads):
             return curve(problem, method, self.multiple) if method else []
 
-    def fit(self, layer: Layer, chosen: Candidate, moments: Mapping[str, Moments]) -> Fitted:
-        """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE moments."""
+    def fit(self, layer: Layer, chosen: Candidate, moments: Mapping[str, Moments], rounds: int = ROUNDS) -> Fitted:
+        """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE moments.
+
+        ``rounds`` bounds how often the support is chosen again.
+        """
         method, problem = self._problem(layer, moments)
         assert method is not None  # a layer without a method has no candidates to choose
         with threads_for(problem.d, self.threads):
-            factors = fit(problem, chosen, method).factors
+            factors = fit(problem, chosen, method, rounds).factors
         assert factors is not None
         judge = moments.get(JUDGE)
-        narrow = self._in_outputs(layer, moments)
-        weight = problem.weight if narrow or not self._is_wide(layer) else None
-        known = judge is not None and weight is not None
-        error = judged(weight, factors, judge, layer.affine) if known else None  # type: ignore[arg-type]
-        return Fitted(self._widened(layer, factors) if narrow else factors, error)
+        comparable = self._in_outputs(layer) or not is_wide(layer, self.memory_bytes)
+        error = judged(problem.weight, factors, judge, layer.affine) if judge is not None and comparable else None
+        return Fitted(self._widened(layer, factors) if self._in_outputs(layer) else factors, error)
 
-    def _is_wide(self, layer: Layer) -> bool:
-        return is_wide(layer, self.memory_bytes)
-
-    def _in_outputs(self, layer: Layer, moments: Mapping[str, Moments]) -> bool:
+    def _in_outputs(self, layer: Layer) -> bool:
         """Return whether the layer is solved in the space of its outputs: ``W x ~ U U^T (W x)``."""
-        return bool(moments) and self._is_wide(layer) and self.method not in DATA_FREE
+        return is_wide(layer, self.memory_bytes) and self.method not in KEEPS_CHANNELS
 
     def _problem(self, layer: Layer, moments: Mapping[str, Moments]) -> tuple[str | None, Problem]:
         fit_on, select_on = moments.get(FIT), moments.get(SELECT)
-        if self._in_outputs(layer, moments):
-            identity = np.eye(layer.out)
-            problem = Problem(identity, 1, fit_on, select_on, affine=layer.affine, width=layer.d)
-            return (None if self.method == "channels" else "hsvd"), problem
-        if self._is_wide(layer):
-            fit_on = select_on = None
+        if self._in_outputs(layer):
+            if fit_on is None or self.method in DATA_FREE:
+                fit_on = Moments(1, np.zeros(layer.out), self._weight_gram(layer))
+            return "hsvd", Problem(np.eye(layer.out), 1, fit_on, select_on, affine=layer.affine, width=layer.d)
         weight = weight_matrix(self.view, layer)
+        if is_wide(layer, self.memory_bytes):
+            return (None if self.method == "channels" else self.method), Problem(weight, layer.taps)
         square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
         kernel = (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square else None
         return self.method, Problem(weight, layer.taps, fit_on, select_on, layer.affine, kernel)
 
+    def _weight_gram(self, layer: Layer) -> NDArray[np.float64]:
+        """Return W W^T, (out, out): the moments of the outputs when nothing is known of the inputs."""
+        weight = weight_matrix(self.view, layer, np.float32)
+        gram = np.zeros((layer.out, layer.out))
+        for start in range(0, layer.d, BLOCK):
+            block = weight[:, start : start + BLOCK].astype(np.float64)
+            gram += block @ block.T
+        return gram
+
     def _widened(self, layer: Layer, factors: AnyFactors) -> Factors:
         """Return factors of W from factors of the identity on its outputs."""
         assert isinstance(factors, Factors)
-        right: NDArray[np.float64] = factors.right @ weight_matrix(self.view, layer)
-        return dataclasses.replace(factors, right=right, taps=layer.taps)
+        right = factors.right.astype(np.float32) @ weight_matrix(self.view, layer, np.float32)
+        return dataclasses.replace(factors, right=right.astype(np.float64), taps=layer.taps)

@@ -53,7 +53,7 @@ def error_curves(
             found[layer.node] = bench.curve(layer, own)
             probe = probe_of(found[layer.node]) if own else None
             if probe is not None:
-                probes[layer.node] = probe.loss, bench.fit(layer, probe, own).factors
+                probes[layer.node] = probe.loss, bench.fit(layer, probe, own, rounds=0).factors
             progress.step(layer.name)
     return found, probes
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onnx_lrs.solvers import closed_form
-from onnx_lrs.solvers.closed_form import Family, best_within, candidates, data_free_split, exactly, refit
+from onnx_lrs.solvers.closed_form import ROUNDS, Family, best_within, candidates, data_free_split, exactly, refit
 from onnx_lrs.solvers.problem import AnyFactors, Budget, Candidate, Problem, Solution, Status, objective
 from onnx_lrs.solvers.spatial import FORM, fit_spatial
 from onnx_lrs.solvers.spectral import assemble, choose_damping, reduce_rows
@@ -71,8 +71,8 @@ def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
     return fit(problem, chosen, method)
 
 
-def fit(problem: Problem, chosen: Candidate, method: str) -> Solution:
-    """Solve for the rank and support of a candidate (made on other moments, perhaps)."""
+def fit(problem: Problem, chosen: Candidate, method: str, rounds: int = ROUNDS) -> Solution:
+    """Solve for a candidate's rank and support (from other moments, perhaps), re-chosen ``rounds`` times."""
     if method in closed_form.DATA_FREE:  # nothing to refit
         split = data_free_split(problem, chosen.support, low_rank=chosen.rank > 0)
         factors: AnyFactors = assemble(problem, reduce_rows(problem.weight), split, chosen.rank, shift=False)
@@ -80,7 +80,7 @@ def fit(problem: Problem, chosen: Candidate, method: str) -> Solution:
     elif chosen.form == FORM:
         factors, history = fit_spatial(problem, chosen.rank, chosen.damping)
     else:
-        factors, history = refit(problem, chosen)
+        factors, history = refit(problem, chosen, rounds)
     return Solution(Status.SOLVED, factors, _objective(problem, factors), history)
 
 

@@ -84,7 +84,7 @@ def choose_damping(problem: Problem) -> float:
     if moments is None or validation is None or moments.count >= ENOUGH_COLUMNS * problem.d:
         return DAMPING
     target = reduce_rows(problem.weight).target
-    norms = np.square(target).sum(axis=0) * np.diagonal(moments.cov)
+    norms = np.einsum("md,md->d", target, target) * np.diagonal(moments.cov)
     order = np.argsort(-norms.reshape(-1, problem.taps).sum(axis=1), kind="stable").astype(np.int64)
     counts = [0, problem.channels // 2] if problem.channels > 1 else [0]
     scores = []
@@ -168,7 +168,7 @@ def prefix_curves(
         gram = rest @ (rest.T if judged is None else judged[k * problem.taps :, k * problem.taps :] @ rest.T)
         yield Curve(order[:k], _dropped(gram, basis))
     if len(plain):
-        tails = _tail_sums(explained.T @ explained, judged)
+        tails = _tail_sums(explained, judged)
         yield from (Curve(order[:k], tails[[k * problem.taps]]) for k in plain)
 
 
@@ -191,12 +191,13 @@ def _whitened(moment: Array, factor: Array) -> Array:
     return np.asarray(scipy.linalg.solve_triangular(factor, half.T, lower=True))
 
 
-def _tail_sums(gram: Array, weights: Array | None) -> Array:
-    """Return for every k the sum of ``(gram * weights)[k:, k:]`` (identity weights when None); overwrites ``gram``."""
-    if weights is None:
-        rows = np.diagonal(gram).copy()
+def _tail_sums(explained: Array, moment: Array | None) -> Array:
+    """Return for every k what of ``explained[:, k:] z[k:]`` is left, z having that second moment (identity if None)."""
+    if moment is None:
+        rows = np.einsum("md,md->d", explained, explained)
     else:
-        gram *= weights
+        gram = explained.T @ explained
+        gram *= moment
         rows = np.array([row[i] + 2.0 * row[i + 1 :].sum() for i, row in enumerate(gram)])
     tails: Array = np.append(np.cumsum(rows[::-1])[::-1], 0.0)
     return np.maximum(tails, 0.0)
