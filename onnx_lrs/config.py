@@ -185,6 +185,12 @@ class Config:
     preprocess: Preprocess | None = None
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.budget, Budget), f"budget is {self.budget!r}.", "Write Budget(params=0.5).")
+        _require(
+            not isinstance(self.exclude, str),
+            f"exclude is the text {self.exclude!r}.",
+            f"Give a tuple of patterns: exclude=({self.exclude!r},).",
+        )
         _require(self.multiple >= 1, f"--multiple is {self.multiple}; it must be at least 1.")
         _require(0.0 < self.holdout <= 0.9, f"--holdout is {self.holdout}; it is a share in (0, 0.9].")
         _require(self.columns >= 256, f"--columns is {self.columns}; statistics need at least 256.")

@@ -557,7 +557,7 @@ def _cut_into_items(
     kept = total - total % batch
     dropped = f"{total - kept} of {total} {origin.unit} dropped: the model's batch is {batch}"
     notes = (*origin.notes, *((dropped,) if kept < total else ()))
-    labels = None if origin.labels is None else _label_array(origin.labels, (total, kept), origin.name)
+    labels = _usable_labels(origin, (total, kept))
     plans = [column.plan for column in columns.values() if column.plan is not None]
     contents = ", ".join(column.describe() for column in columns.values())
     return Samples(
@@ -569,6 +569,18 @@ def _cut_into_items(
         preprocess=plans[0].preprocess if plans else None,
         guessed=bool(plans) and not images.is_named(preprocess),
     )
+
+
+def _usable_labels(origin: _Origin, lengths: tuple[int, int]) -> np.ndarray | None:
+    """Return the labels that came with the data; None if there are none or they are no class numbers."""
+    if origin.labels is None:
+        return None
+    try:
+        return _label_array(origin.labels, lengths, origin.name)
+    except DataError:
+        if origin.class_names:
+            raise
+        return None  # an array called `labels` that nobody asked for may hold anything
 
 
 def _common_length(columns: Mapping[str, _Column], origin: str) -> int:
@@ -948,7 +960,7 @@ def batches(
     indices : iterable of int
         Items to read, each once.
     size : int
-        Most items in a batch.
+        Most rows in a batch; an item with more is a batch of its own.
     dynamic_batch : bool
         Whether every input has a dynamic axis 0. Consecutive items are joined as long as they agree in every other
         axis; otherwise each item is a batch.
@@ -962,7 +974,8 @@ def batches(
     feeds: list[Feed] = []
     for index in indices:
         feed = samples.item(int(index))
-        if feeds and not (dynamic_batch and len(feeds) < size and _joinable(feeds[0], feed)):
+        full = sum(map(_rows, feeds)) + _rows(feed) > size
+        if feeds and (full or not dynamic_batch or not _joinable(feeds[0], feed)):
             batch = _join(indexes, feeds)
             indexes, feeds = [], []
             yield batch

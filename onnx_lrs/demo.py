@@ -29,7 +29,7 @@ def folder() -> pathlib.Path:
 
 
 def run(output: pathlib.Path | None, config: Config, progress: Progress) -> Result:
-    """Compress the shipped LeNet-5 on 1,000 training digits and judge it on 1,000 test digits with labels."""
+    """Compress the shipped LeNet-5, calibrated on 1,000 training digits and judged on 1,000 test digits with labels."""
     place = folder()
     with np.load(place / "digits.npz", allow_pickle=False) as digits:
         calibration, test, labels = (digits[key] for key in ("calibration", "test", "test_labels"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, is_wide, steps
 from onnx_lrs.calibration.subject import Inputs, Material, Subject, examine, measure_shapes, open_material
-from onnx_lrs.config import Config
+from onnx_lrs.config import Budget, Config
 from onnx_lrs.errors import BudgetError, ConfigError, OutputError, VerificationError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.cost import macs_by_node
@@ -24,7 +24,7 @@ from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import ModelSource, View
 from onnx_lrs.graph.rewrite import Rewritten, rewrite
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
-from onnx_lrs.planning.plan import Plan, error_curves, make_plan, weighted
+from onnx_lrs.planning.plan import Plan, error_curves, macs_of, make_plan, weighted
 from onnx_lrs.planning.sensitivity import sensitivities
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.environment import environment, peak_memory_bytes
@@ -92,7 +92,7 @@ def compress(job: Job) -> Result:
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks)
-        before, after, quality = _judge(job, subject, material, rewritten.model, clock)
+        before, after, quality, provider = _judge(job, subject, material, rewritten.model, clock)
         after = _write(job, rewritten.model, after, bool(outside), clock)
     return Result(
         input=None if isinstance(job.source, onnx.ModelProto) else str(job.source),
@@ -104,7 +104,7 @@ def compress(job: Job) -> Result:
         layers=_layer_results(subject, rewritten, fitted, known=material.samples is not None),
         skipped=_skipped(subject),
         settings=_effective(job.config, material).to_dict(),
-        environment=environment("CPUExecutionProvider", job.config.threads, job.config.seed),
+        environment=environment(provider, job.config.threads, job.config.seed),
         seconds=clock.total(),
         peak_memory_bytes=peak_memory_bytes(),
         notes=(*notes, *_closing_notes(before, after, quality), *_side_notes(job, material, quality, bool(outside))),
@@ -222,7 +222,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
     config, split = job.config, material.split
     bench = Bench(subject.view, config.method, config.multiple, config.memory_bytes, config.threads)
     setting = Setting(
-        config.memory_bytes, config.columns, config.batch, config.threads, config.seed, subject.dynamic_batch
+        config.memory_bytes, config.columns, subject.batch, config.threads, config.seed, subject.dynamic_batch
     )
     with contextlib.ExitStack() as stack:
         capture = None
@@ -234,7 +234,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
             curves, probes = error_curves(subject, bench, capture, roles, job.progress)
         if probes and material.samples is not None and split is not None:
             with clock.stage("sensitivity", len(probes)):
-                batching = config.batch, subject.dynamic_batch, config.threads
+                batching = subject.batch, subject.dynamic_batch, config.threads
                 found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress)
                 curves = weighted(curves, found)
         plan = make_plan(subject, curves, config.budget)
@@ -263,11 +263,11 @@ def _fit(
 
 def _judge(
     job: Job, subject: Subject, material: Material, model: onnx.ModelProto, clock: Clock
-) -> tuple[Totals, Totals, tuple[OutputQuality, ...] | None]:
+) -> tuple[Totals, Totals, tuple[OutputQuality, ...] | None, str]:
     """Check the new model and measure both; nothing is written before this is through."""
     config = job.config
-    batching = (config.batch, subject.dynamic_batch)
-    every = config.batch if subject.dynamic_batch else 1
+    batching = (subject.batch, subject.dynamic_batch)
+    every = subject.batch if subject.dynamic_batch else 1
     judges = None if material.judge is None else -(-len(material.judge_items) // every)
     with clock.stage("verify", judges), contextlib.ExitStack() as stack:
         check_structure(subject.original, model)
@@ -287,7 +287,18 @@ def _judge(
         slow, fast = interleaved(sessions, subject.feed)
     before = Totals(subject.params, sum(subject.macs.values()), subject.file_bytes, slow)
     after = Totals(models.weight_count(model), sum(macs_by_node(view, shapes).values()), model.ByteSize(), fast)
-    return before, after, quality
+    _check_budget(job.config.budget, before, after)
+    return before, after, quality, sessions[1].provider
+
+
+def _check_budget(budget: Budget, before: Totals, after: Totals) -> None:
+    """Count the finished graph: the plan promised to keep to the budget."""
+    limit, real = int(budget.fraction * getattr(before, budget.kind)), getattr(after, budget.kind)
+    if real > limit:
+        raise VerificationError(
+            f"The compressed model has {real} {budget.kind}, more than the budget of {limit}.",
+            "Nothing was written. This is a bug in onnx-lrs; please report it with the model.",
+        )
 
 
 def _check_finite(sessions: tuple[Session, Session], subject: Subject) -> None:
@@ -312,14 +323,14 @@ def _layer_results(
     """Return what became of each layer; ``known`` says whether there are samples that errors were measured on."""
     kept = rewritten.kept_outputs
     return tuple(
-        _layer_result(layer, subject.macs[layer.node], kept.get(layer.node), fitted.get(layer.node), known)
-        for layer in subject.layers
+        _layer_result(subject, layer, kept.get(layer.node), fitted.get(layer.node), known) for layer in subject.layers
     )
 
 
 def _layer_result(
-    layer: Layer, macs: int, outputs: NDArray[np.int64] | None, done: Fitted | None, known: bool
+    subject: Subject, layer: Layer, outputs: NDArray[np.int64] | None, done: Fitted | None, known: bool
 ) -> LayerResult:
+    macs = subject.macs[layer.node]
     kept_outputs = layer.out if outputs is None else len(outputs)
     factors = done.factors if done else None
     form, rank, kept = _describe(factors)
@@ -337,7 +348,7 @@ def _layer_result(
         params_before=layer.params,
         params_after=params,
         macs_before=macs,
-        macs_after=params * (macs // layer.params),
+        macs_after=macs if factors is None and outputs is None else macs_of(subject, layer, form, rank, params),
         error=done.error if done else (0.0 if known else None),
     )
 

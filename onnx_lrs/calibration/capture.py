@@ -24,6 +24,7 @@ from onnx_lrs.runtime.session import Session, with_outputs
 from onnx_lrs.solvers.moments import Accumulator, Moments, permuted
 
 MATRICES_PER_SOLVE = 8  # d x d float64 at once while one layer is solved: two moments, metric, factor, temporaries
+WEIGHTS_PER_SOLVE = 4  # out x d float64 at once: the weight, its reordered copy, the residual, the approximation
 COLUMNS_PER_WIDTH = 8  # columns wanted per column of H, so that its inverse means something
 
 Key = tuple[str, Geometry, str]
@@ -70,18 +71,33 @@ def groups(layers: Sequence[Layer], roles: int, memory_bytes: int) -> list[list[
     work = 0
     for layer in layers:
         width = layer.out if is_wide(layer, memory_bytes) else layer.d
-        new_work = max(work, 8 * width**2 * (MATRICES_PER_SOLVE - roles))
+        own_work = 8 * width**2 * (MATRICES_PER_SOLVE - roles) + 8 * WEIGHTS_PER_SOLVE * layer.params
+        new_work = max(work, own_work)
         new_sizes = sizes | {key_of(layer, memory_bytes): 8 * width**2 * roles}
         if found and sum(new_sizes.values()) + new_work <= memory_bytes:
             found[-1].append(layer)
             sizes, work = new_sizes, new_work
         else:
             found.append([layer])
-            sizes, work = (
-                {key_of(layer, memory_bytes): 8 * width**2 * roles},
-                8 * width**2 * (MATRICES_PER_SOLVE - roles),
-            )
+            sizes, work = {key_of(layer, memory_bytes): 8 * width**2 * roles}, own_work
     return found
+
+
+def rows_per_call(
+    layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], rows: int, setting: Setting, count: int
+) -> int:
+    """Return how many samples one call may hold so that activations and columns keep to a quarter of the memory.
+
+    ``shapes`` were measured on ``rows`` samples; ``count`` samples are expected in a pass.
+    """
+    inputs = {layer.input: 4 * math.prod(shapes[layer.input]) // rows for layer in layers}
+    working = 0
+    for layer in layers:
+        positions = math.prod(shapes[layer.node]) // layer.out // rows
+        sampled = min(max(positions, 1), -(-max(setting.columns, COLUMNS_PER_WIDTH * layer.d) // max(count, 1)))
+        # padded and channels-last copies of the input, the columns and their centred copy
+        working = max(working, 3 * inputs[layer.input] + 8 * sampled * layer.d)
+    return int(np.clip(setting.memory_bytes // 4 // max(sum(inputs.values()) + working, 1), 1, setting.batch))
 
 
 class Capture:
@@ -124,9 +140,7 @@ class Capture:
     ) -> Iterator[tuple[Key, NDArray[np.float32]]]:
         setting = self._setting
         wide = {
-            k: weight_matrix(self._view, v).astype(np.float32)
-            for k, v in firsts.items()
-            if is_wide(v, setting.memory_bytes)
+            k: weight_matrix(self._view, v, np.float32) for k, v in firsts.items() if is_wide(v, setting.memory_bytes)
         }
         tensors = sorted({layer.input for layer in firsts.values()} - self._fed)
         rows = sum(self._samples.rows(int(i)) for i in items)

@@ -13,10 +13,10 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_lrs import data as sources
-from onnx_lrs.calibration.capture import is_too_large
+from onnx_lrs.calibration.capture import Setting, is_too_large, rows_per_call
 from onnx_lrs.config import Config
 from onnx_lrs.data import Samples, TensorSpec
-from onnx_lrs.errors import ConfigError
+from onnx_lrs.errors import ConfigError, ModelError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
 from onnx_lrs.graph.fold import fold_batch_norm
@@ -24,6 +24,7 @@ from onnx_lrs.graph.layers import Layer, Skipped, find
 from onnx_lrs.graph.model import ModelSource, View
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
 
+FIT_SHARE = 0.8  # of the samples that are not held out; the rest selects
 RANDOM_ITEMS = 64  # how many random inputs --random-data fits on
 
 
@@ -52,7 +53,8 @@ class Subject:
     """The model under work: as given, with exact rewrites done, its layers, and the shapes it runs on.
 
     ``feed`` is one input at the smallest batch, ``shapes`` the tensors measured on it, ``macs`` multiply-accumulates by
-    node (its first output), ``params`` the original's weights, ``file_bytes`` its size with external data.
+    node (its first output), ``params`` the original's weights, ``file_bytes`` its size with external data, ``batch``
+    the largest number of samples in one call.
     """
 
     original: onnx.ModelProto
@@ -66,6 +68,7 @@ class Subject:
     params: int
     file_bytes: int
     dynamic_batch: bool
+    batch: int
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -117,6 +120,7 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
     feed = _probe_feed(config, inputs, samples, dynamic)
     shapes = measure_shapes(folded, view, [layer.input for layer in layers], feed, config.threads)
     in_memory = isinstance(source, onnx.ModelProto)
+    dynamic = dynamic and samples is not None and _batches(folded, samples, config.threads)
     return Subject(
         original=original,
         folded=folded,
@@ -129,7 +133,48 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
         params=models.weight_count(original),
         file_bytes=original.ByteSize() if in_memory else models.file_bytes(pathlib.Path(source)),
         dynamic_batch=dynamic,
+        batch=_batch(layers, shapes, feed, samples, config),
     )
+
+
+def _batch(
+    layers: Sequence[Layer],
+    shapes: Mapping[str, tuple[int, ...]],
+    feed: Feed,
+    samples: Samples | None,
+    config: Config,
+) -> int:
+    if samples is None:
+        return 1
+    rows = min(max(len(value), 1) if value.ndim else 1 for value in feed.values())
+    setting = Setting(config.memory_bytes, config.columns, config.batch, config.threads, config.seed, True)
+    return rows_per_call(layers, shapes, rows, setting, int(FIT_SHARE * (1 - config.holdout) * samples.row_count))
+
+
+def _batches(model: onnx.ModelProto, samples: Samples, threads: int) -> bool:
+    """Return whether two samples in one call give what they give alone.
+
+    Exporters mark the batch as dynamic and still bake its size into a Reshape, and the first axis may be the time.
+    """
+    first, second = samples.item(0), samples.item(1)
+    pairs = [(first[name], second[name]) for name in first]
+    if any(a.ndim == 0 or a.shape != b.shape for a, b in pairs):
+        return True  # such samples are not joined anyway
+    with Session(model, threads) as session:
+        alone = [session.run(feed) for feed in (first, second)]
+        try:
+            joined = session.run({name: np.concatenate([first[name], second[name]]) for name in first})
+        except ModelError:
+            return False
+    return all(_stacked(name, alone, joined) for name in joined)
+
+
+def _stacked(name: str, alone: Sequence[Feed], joined: Feed) -> bool:
+    parts = [feed[name] for feed in alone]
+    if any(part.ndim == 0 for part in parts) or joined[name].shape != np.concatenate(parts).shape:
+        return False
+    scale = float(np.abs(np.nan_to_num(joined[name])).max(initial=0.0)) if joined[name].dtype.kind == "f" else 0.0
+    return bool(np.allclose(np.concatenate(parts), joined[name], rtol=1e-3, atol=1e-3 * scale, equal_nan=True))
 
 
 def _that_fit(

@@ -11,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnx_lrs.graph.layers import read_elsewhere
 from onnx_lrs.graph.model import View, is_standard
 from onnx_lrs.graph.splice import Edit, Names, splice
 
@@ -54,6 +55,8 @@ def _foldable(view: View, conv: gs.Node) -> gs.Node | None:
     trains = norm.attrs.get("training_mode", 0) or any(t.name for t in norm.outputs[1:])
     per_channel = norm.attrs.get("spatial", 1)
     constants = [t.name for t in (*conv.inputs[1:], *norm.inputs[1:]) if t.name]
+    if read_elsewhere(view, conv.inputs[1].name):  # a shared weight would be stored once for each of its readers
+        return None
     if trains or not per_channel or not all(view.is_constant(name) for name in constants):
         return None
     if any(view.constant(name).dtype != np.float32 for name in constants):

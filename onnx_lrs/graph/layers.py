@@ -170,7 +170,7 @@ def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str]) -> La
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded by the user"
     weight = node.inputs[side].name
-    reason = _read_elsewhere(view, weight)
+    reason = read_elsewhere(view, weight)
     if reason:
         return reason
     values = view.constant(weight)
@@ -201,7 +201,8 @@ def _weight_side(view: View, node: gs.Node) -> int | str:
     return "its weight is computed in the graph" if node.op == "Conv" else "no constant weight (activations only)"
 
 
-def _read_elsewhere(view: View, weight: str) -> str | None:
+def read_elsewhere(view: View, weight: str) -> str | None:
+    """Return the reason if somebody besides one node reads a weight (or a link of its chain), else None."""
     for link in view.chain(weight):
         if link in view.outputs or link in view.captured:
             return "its weight is also a graph output or read by a subgraph"

@@ -185,6 +185,7 @@ def save(model: onnx.ModelProto, path: pathlib.Path, external: bool) -> None:
         If the folder is missing or a write fails (disk full, no permission); files that were there stay whole.
     """
     external = external or model.ByteSize() > PROTOBUF_LIMIT
+    path = path.resolve()  # write through a link, not over it
     if path.is_dir():
         raise OutputError(f"The output {path} is a folder.", "Give a file name, for example small.onnx.")
     try:
@@ -233,7 +234,7 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     if tensor.elem_type == TensorProto.UNDEFINED:
         raise ModelError(f"{value.name!r} has no element type.", "Export the model again, or run onnx.shape_inference.")
-    dims = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    dims = tuple(d.dim_value if d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim)
     return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), dims)
 
 

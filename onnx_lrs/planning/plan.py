@@ -12,6 +12,7 @@ from onnx_lrs.calibration.capture import Capture, Roles, groups
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.config import Budget
 from onnx_lrs.errors import BudgetError
+from onnx_lrs.graph.forms import GEMM_C_OPTIONAL
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import weight_count
 from onnx_lrs.graph.rewrite import alive_outputs
@@ -21,6 +22,7 @@ from onnx_lrs.planning.sensitivity import bounded, probe_of
 from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
+from onnx_lrs.solvers.spatial import FORM
 
 SLACK_ROUNDS = 8
 SLACK_SHARE = 0.005  # of the limit: less is not worth another round
@@ -146,7 +148,7 @@ def _row_params(layer: Layer, chosen: Candidate | None) -> int:
     """Return the weights that go with one output of the layer."""
     if chosen is None:
         return layer.d
-    if chosen.form == "spatial":
+    if chosen.form == FORM:
         return chosen.rank * layer.geometry.kernel[1]
     return chosen.rank + len(chosen.support) * layer.taps
 
@@ -154,7 +156,30 @@ def _row_params(layer: Layer, chosen: Candidate | None) -> int:
 def _choices(subject: Subject, layer: Layer, candidates: Sequence[Candidate], budget: Budget) -> list[Choice]:
     """Return the layer's choices, dense first, each with its cost in the budget's unit."""
     if budget.kind == "macs":
-        positions = subject.macs[layer.node] // layer.params
-        return [Choice(subject.macs[layer.node], 0.0), *(Choice(c.params * positions, c.loss) for c in candidates)]
-    new_bias = layer.out if layer.bias is None and layer.affine else 0
-    return [Choice(layer.params, 0.0), *(Choice(c.params + new_bias, c.loss) for c in candidates)]
+        costs = [macs_of(subject, layer, c.form, c.rank, c.params) for c in candidates]
+        dense = subject.macs[layer.node]
+    else:
+        new_bias = layer.out if layer.bias is None and layer.affine else 0
+        if layer.op == "Gemm" and subject.view.opset < GEMM_C_OPTIONAL:
+            new_bias += 2  # a zero for the C of each Gemm that has no bias
+        costs, dense = [c.params + new_bias for c in candidates], layer.params
+    pairs = zip(costs, candidates, strict=True)
+    return [Choice(dense, 0.0), *(Choice(cost, _tempered(c.loss)) for cost, c in pairs)]
+
+
+def _tempered(loss: float) -> float:
+    """Return a loss above 1 (worse than no layer at all) on a log scale, or one wild curve would drown the others."""
+    return loss if loss <= 1.0 else 1.0 + math.log(loss)
+
+
+def macs_of(subject: Subject, layer: Layer, form: str, rank: int, params: int) -> int:
+    """Return the multiply-accumulates of a layer in a given form with that many weights.
+
+    Every form works at the output's positions, but for the k x 1 part of the spatial one: it keeps the input's width.
+    """
+    positions = subject.macs[layer.node] // layer.params
+    if form != FORM:
+        return params * positions
+    vertical = rank * layer.channels * layer.geometry.kernel[0]
+    rows = positions // subject.shapes[layer.node][3]
+    return vertical * rows * subject.shapes[layer.input][3] + (params - vertical) * positions

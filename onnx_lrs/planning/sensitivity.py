@@ -30,7 +30,7 @@ from onnx_lrs.solvers.problem import AnyFactors
 PROBE_LOSS = 0.03  # relative squared error of a probe: about what a plan at half of the parameters gives a layer
 # cifar_resnet20 at params 0.7 / 0.5: none 90.2 / 78.7, bound 2 89.8 / 81.2, bound 3 87.0 / 81.3, free 87.0 / 77.3
 BOUND = 2.0
-PROBE_ITEMS = 64  # samples on which the outputs are compared
+PROBE_ROWS = 64  # samples on which the outputs are compared
 
 
 def probe_of(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -78,7 +78,9 @@ def sensitivities(
         If the original's own outputs are not finite.
     """
     size, dynamic, threads = batching
-    feeds = [feed for _, feed in batches(samples, items[:PROBE_ITEMS], size, dynamic)]
+    rows = np.cumsum([samples.rows(int(i)) for i in items])
+    few = items[: max(int(np.searchsorted(rows, PROBE_ROWS, side="right")), 1)]
+    feeds = [feed for _, feed in batches(samples, few, size, dynamic)]
     with Session(subject.folded, threads) as session:
         reference = [session.run(feed) for feed in feeds]
     names = [name for name, value in reference[0].items() if value.dtype.kind == "f"]

@@ -19,8 +19,8 @@ Form = Literal["dense", "low-rank", "channels", "low-rank + channels", "spatial"
 class Totals:
     """Size and cost of one model.
 
-    ``params`` counts the elements of floating-point weights, ``macs`` the multiply-accumulates of one run at batch 1
-    (Conv, Gemm, MatMul), ``latency_ms`` is the median over interleaved rounds, None when it was not measured.
+    ``params`` counts the elements of floating-point weights, ``macs`` the multiply-accumulates of one run at the
+    smallest batch (Conv, Gemm, MatMul), ``latency_ms`` is the median over interleaved rounds, None when it was not measured.
     """
 
     params: int

@@ -122,7 +122,7 @@ def importance(target: Array, metric: Array | None, taps: int) -> Indices:
 def candidates(problem: Problem, family: Family, multiple: int) -> list[Candidate]:
     """Return every (rank, support) of the family that is smaller than the dense layer, with its validation loss."""
     scale = _reference(problem, problem.validation or problem.moments)
-    found = list(family.others)
+    found = [dataclasses.replace(c, loss=c.loss / scale) for c in family.others]
     for curve in family.curves:
         most = min(len(curve.losses) - 1, problem.params // problem.rank_cost)
         for rank in range(0, most + 1, multiple):

@@ -27,7 +27,7 @@ def applies(problem: Problem) -> bool:
 
 
 def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[Candidate]:
-    """Return spatial factorisations of a few ranks, judged like the others; empty if the form does not apply."""
+    """Return spatial factorisations of a few ranks with J as their loss; empty if the form does not apply."""
     if not applies(problem):
         return []
     assert problem.kernel is not None
@@ -38,13 +38,12 @@ def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[
         ranks = ranks[np.unique(np.round(np.geomspace(1, len(ranks), RANKS)).astype(int)) - 1]
     basis, metric = _right_basis(problem), damped(problem, damping)
     judge = None if problem.moments is None else judging_moment(problem, np.arange(problem.d))
-    scale = max(_distance(problem.weight, judge), 1e-300)
     none = np.zeros(0, np.int64)
     found = []
     for rank in (int(r) for r in ranks):
         left = _fit_left(problem, basis[:rank], metric)
         difference = problem.weight - SpatialFactors(left, basis[:rank], np.zeros(0)).dense()
-        found.append(Candidate(FORM, rank, rank * cost, _distance(difference, judge) / scale, none, damping))
+        found.append(Candidate(FORM, rank, rank * cost, _distance(difference, judge), none, damping))
     return found
 
 
