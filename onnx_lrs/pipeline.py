@@ -36,7 +36,7 @@ from onnx_lrs.solvers import METHODS
 from onnx_lrs.solvers.closed_form import DATA_FREE, form_of
 from onnx_lrs.solvers.problem import AnyFactors, SpatialFactors
 
-POOR = 0.5  # relative error of an output beyond which the console warns
+POOR = 0.3  # relative error of an output beyond which the console warns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -611,14 +611,14 @@ def test_npz_temporary_files_are_closed(tmp_path, monkeypatch):
     opened = []
     make = tempfile.TemporaryFile
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **o: opened.append(make(**o)) or opened[-1])
-    np.savez(tmp_path / "a.npz", x=table(), labels=np.arange(5))
-    with pytest.raises(DataError, match="labels"):
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 9, 9, 9, 9), np.float32))
+    with pytest.raises(DataError):
         open_samples(tmp_path / "a.npz", [X], None)
     np.savez(tmp_path / "b.npz", x=table())
     with open_samples(tmp_path / "b.npz", [X], None) as samples:
         assert not opened[-1].closed
         samples.item(5)
-    assert len(opened) == 3
+    assert len(opened) == 2
     assert all(file.closed for file in opened)
 
 

@@ -85,14 +85,6 @@ def test_a_shared_weight_is_left_alone():
     folded(build(nodes), 0)
 
 
-def test_a_shared_bias_changes_for_one_reader_only():
-    second = numpy_helper.from_array(constants()["w"] * 2, "w2")
-    nodes = [conv(), norm(), node("Conv", ["x", "w2", "b"], ["c2"]), node("Add", ["n", "c2"], ["y"])]
-    model = build(nodes)
-    model.graph.initializer.append(second)
-    assert "b" in shapes(folded(model, 1))
-
-
 def test_value_info_of_the_tensor_between_goes():
     model = build([conv(), norm(), node("Relu", ["n"], ["y"])])
     for name in ("c", "n", "w"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,6 +110,8 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
     ------
     ModelError
         If ONNX Runtime does not load or run the model.
+    ConfigError
+        If a pattern of ``exclude`` matches no layer.
     DataError
         If there are no samples and an input has open dimensions that --shape does not give.
     """
@@ -116,7 +119,9 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
     dynamic = all(len(spec.shape) > 0 and not isinstance(spec.shape[0], int) for spec in inputs)
     folded, _ = fold_batch_norm(original)
     view = View(folded)
-    layers, skipped = _that_fit(*find(view, config.exclude), config.memory_bytes)
+    found = find(view, config.exclude)
+    _check_patterns(config, [item.name for kind in found for item in kind])
+    layers, skipped = _that_fit(*found, config.memory_bytes)
     feed = _probe_feed(config, inputs, samples, dynamic)
     shapes = measure_shapes(folded, view, [layer.input for layer in layers], feed, config.threads)
     in_memory = isinstance(source, onnx.ModelProto)
@@ -135,6 +140,16 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
         dynamic_batch=dynamic,
         batch=_batch(layers, shapes, feed, samples, config),
     )
+
+
+def _check_patterns(config: Config, names: Sequence[str]) -> None:
+    """Refuse a pattern that protects nothing: the layer that the user meant would be compressed."""
+    for pattern in config.exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"--exclude {pattern!r} matches no layer.",
+                f"Layers are called {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}; see inspect.",
+            )
 
 
 def _batch(

@@ -20,7 +20,7 @@ class Totals:
     """Size and cost of one model.
 
     ``params`` counts the elements of floating-point weights, ``macs`` the multiply-accumulates of one run at the
-    smallest batch (Conv, Gemm, MatMul), ``latency_ms`` is the median over interleaved rounds, None when it was not measured.
+    smallest batch (Conv, Gemm, MatMul), ``latency_ms`` is the median over interleaved rounds, None when not measured.
     """
 
     params: int
