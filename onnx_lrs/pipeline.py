@@ -385,7 +385,7 @@ def _closing_notes(before: Totals, after: Totals, quality: tuple[OutputQuality, 
         if output.relative_l2 > POOR:
             notes.append(
                 f"Output {output.name!r} is off by {output.relative_l2:.0%} on held-out samples: "
-                "the budget is too tight for this model without retraining."
+                "if that is too much, allow a larger budget or give more data."
             )
     return notes
 
