@@ -83,6 +83,8 @@ def choose_damping(problem: Problem) -> float:
     moments, validation = problem.moments, problem.validation
     if moments is None or validation is None or moments.count >= ENOUGH_COLUMNS * problem.d:
         return DAMPING
+    if problem.width is not None:  # in the space of the outputs damping moves no eigenvector
+        return DAMPING
     target = reduce_rows(problem.weight).target
     norms = np.einsum("md,md->d", target, target) * np.diagonal(moments.cov)
     order = np.argsort(-norms.reshape(-1, problem.taps).sum(axis=1), kind="stable").astype(np.int64)
