@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnx_lrs.calibration.columns import _strata, channel_major, columns, position_count
+from onnx_lrs.calibration.columns import _strata, channel_major, columns
 from onnx_lrs.graph.layers import Geometry, Layer
 
 ALL = np.zeros((1, 10**4))  # more strata than any map below has positions
+
+
+def position_count(layer, input_shape, output_shape):
+    """How many columns one run of the layer has."""
+    if layer.op == "Conv":
+        return input_shape[0] * math.prod(output_shape[2:])
+    return math.prod(input_shape) // layer.channels
 
 
 def make_layer(op, weight_shape, out, channels, taps, **geometry):

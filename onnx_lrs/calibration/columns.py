@@ -45,13 +45,6 @@ def channel_major(layer: Layer) -> NDArray[np.int64]:
     return np.arange(layer.d).reshape(layer.taps, layer.channels).T.ravel()
 
 
-def position_count(layer: Layer, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> int:
-    """Return how many columns one run of the layer has."""
-    if layer.op == "Conv":
-        return input_shape[0] * math.prod(output_shape[2:])
-    return math.prod(input_shape) // layer.channels
-
-
 def _feature_rows(layer: Layer, values: NDArray[np.generic]) -> NDArray[np.generic]:
     if (layer.geometry.trans_a or layer.geometry.weight_left) and values.ndim > 1:
         values = np.swapaxes(values, -1, -2)

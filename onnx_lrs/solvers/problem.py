@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,7 +217,6 @@ class Solution:
     factors: AnyFactors | None
     objective: float
     history: tuple[float, ...] = ()
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def columns_of(channels: Indices, taps: int) -> Indices:
