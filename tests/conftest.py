@@ -2,5 +2,5 @@
 
 import os
 
-# the tests' matrices are small: on shared cores a second BLAS thread waits longer than it works (125 s against 13 s)
+# the matrices of the tests are small: on shared cores a second BLAS thread waits longer than it works
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
