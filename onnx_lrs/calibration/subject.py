@@ -25,7 +25,6 @@ from onnx_lrs.graph.layers import Layer, Skipped, find
 from onnx_lrs.graph.model import ModelSource, View
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
 
-FIT_SHARE = 0.8  # of the samples that are not held out; the rest selects
 RANDOM_ITEMS = 64  # how many random inputs --random-data fits on
 
 
@@ -163,7 +162,8 @@ def _batch(
         return 1
     rows = min(max(len(value), 1) if value.ndim else 1 for value in feed.values())
     setting = Setting(config.memory_bytes, config.columns, config.batch, config.threads, config.seed, True)
-    return rows_per_call(layers, shapes, rows, setting, int(FIT_SHARE * (1 - config.holdout) * samples.row_count))
+    fitted = int((1 - sources.SELECT_SHARE) * (1 - config.holdout) * samples.row_count)
+    return rows_per_call(layers, shapes, rows, setting, fitted)
 
 
 def _batches(model: onnx.ModelProto, samples: Samples, threads: int) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnx_lrs.solvers.channels import eliminate
 from onnx_lrs.solvers.moments import Moments
-from onnx_lrs.solvers.problem import Array, Budget, Candidate, Factors, Indices, Problem, columns_of, objective
+from onnx_lrs.solvers.problem import LARGEST, Array, Budget, Candidate, Factors, Indices, Problem, columns_of, objective
 from onnx_lrs.solvers.spatial import spatial_candidates
 from onnx_lrs.solvers.spectral import (
     DAMPING,
@@ -32,7 +32,6 @@ from onnx_lrs.solvers.spectral import (
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
 DATA_FREE = ("svd", "magnitude")  # baselines that see no data; the bias stays as it is
-LARGEST = 0.95  # of the dense layer: a smaller saving is not worth a second branch
 ROUNDS = 2  # of re-choosing the support; the objective falls by less than 1e-4 after the second
 
 

@@ -22,6 +22,7 @@ from onnx_lrs.solvers.moments import Moments
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
+LARGEST = 0.95  # of the dense layer: a candidate that saves less is not worth a second branch
 
 
 class Status(enum.Enum):

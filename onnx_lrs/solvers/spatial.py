@@ -12,13 +12,12 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 
-from onnx_lrs.solvers.problem import Array, Candidate, Problem, SpatialFactors
+from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, SpatialFactors
 from onnx_lrs.solvers.spectral import damped, judging_moment
 
 FORM = "spatial"
 RANKS = 8  # tried for the error curve; each costs one regression
 STEPS = 8  # of conjugate gradients for `right`
-LARGEST = 0.95  # of the dense layer, as in closed_form.py
 
 
 def applies(problem: Problem) -> bool:

@@ -115,31 +115,25 @@ def damped(problem: Problem, damping: float = DAMPING) -> Array | None:
     return metric
 
 
-def splits(
-    target: Array, metric: Array | None, order: Indices, counts: Sequence[int], taps: int, low_rank: bool = True
-) -> Iterator[Split]:
+def splits(target: Array, metric: Array | None, order: Indices, counts: Sequence[int], taps: int) -> Iterator[Split]:
     """Yield a :class:`Split` for each prefix length in ``counts`` of the channel ``order``.
 
     ``target`` (m, d), ``metric`` (d, d) positive definite or None. Cost: one Cholesky of d x d, and per count one
-    product of at most m x d x m and one eigenproblem of m x m (none with ``low_rank`` False: the basis is empty).
+    product of at most m x d x m and one eigenproblem of m x m.
     """
     columns = columns_of(order, taps)
     ordered = target[:, columns]
     if metric is None:
-        yield from (_split(ordered, None, ordered, order[:k], low_rank, taps) for k in counts)
+        yield from (_split(ordered, None, ordered, order[:k], taps) for k in counts)
         return
     factor = scipy.linalg.cholesky(metric[np.ix_(columns, columns)].T, lower=True, overwrite_a=True, check_finite=False)
     explained = ordered @ factor
-    yield from (_split(explained, factor, ordered, order[:k], low_rank, taps) for k in counts)
+    yield from (_split(explained, factor, ordered, order[:k], taps) for k in counts)
 
 
-def _split(
-    explained: Array, factor: Array | None, ordered: Array, support: Indices, low_rank: bool, taps: int
-) -> Split:
+def _split(explained: Array, factor: Array | None, ordered: Array, support: Indices, taps: int) -> Split:
     k = len(support) * taps
     coefficients = ordered[:, :k] if factor is None else _regress(explained[:, :k], factor[:k, :k])
-    if not low_rank:
-        return Split(support, coefficients, np.zeros((len(explained), 0)))
     rest = explained[:, k:]
     _, basis = np.linalg.eigh(rest @ rest.T)
     return Split(support, coefficients, np.ascontiguousarray(basis[:, ::-1]))
