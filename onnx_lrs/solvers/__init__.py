@@ -1,7 +1,18 @@
 """The arrays wing: layer approximation on plain NumPy arrays, without onnx or onnxruntime."""
 
 from onnx_lrs.solvers.moments import Accumulator, Moments, merge
-from onnx_lrs.solvers.problem import Budget, Candidate, Factors, Problem, Solution, SpatialFactors, Status, objective
+from onnx_lrs.solvers.problem import (
+    Budget,
+    Candidate,
+    Columns,
+    ElementFactors,
+    Factors,
+    Problem,
+    Solution,
+    SpatialFactors,
+    Status,
+    objective,
+)
 from onnx_lrs.solvers.solve import METHODS, curve, fit, solve
 
 __all__ = [
@@ -9,6 +20,8 @@ __all__ = [
     "Accumulator",
     "Budget",
     "Candidate",
+    "Columns",
+    "ElementFactors",
     "Factors",
     "Moments",
     "Problem",

@@ -14,23 +14,45 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Literal
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 
 from onnx_lrs.solvers.moments import Moments
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
+Activation = Literal["linear", "relu"]
 LARGEST = 0.95  # of the dense layer: a candidate that saves less is not worth a second branch
 
 
 class Status(enum.Enum):
-    """How a solve ended; the value is the sentence shown to the user."""
+    """How a solve ended; the value is the sentence shown to the user: cause, then remedy."""
 
     SOLVED = "solved"
     INFEASIBLE = "the budget is smaller than the smallest factorisation; allow more parameters or leave the layer dense"
     DENSE = "the budget admits the layer as it is; nothing to factorise"
+    NOT_FINITE = "the weight, the statistics or the columns hold values that are not finite; mend the model or the data"
+    SINGULAR = (
+        "fewer columns than features, so the moments are singular and damping decides; give more calibration data"
+    )
+    RANK_TOO_LARGE = "the matrix has less rank than was asked for; the largest useful rank was used"
+    ERROR_TOO_SMALL = "no matrix keeps to the allowed error on these columns; raise the gain"
+    NOT_CONVERGED = "the step limit came before the tolerance; the best feasible iterate was kept, allow more steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Sampled columns of a layer, for what second moments cannot express (the activation).
+
+    ``inputs`` (n, d) float32, in an order that is random with respect to the data. ``outputs`` (n, out) float32 is what
+    the layer should give before its activation; None stands for ``W x + b`` (inputs of the original network).
+    """
+
+    inputs: NDArray[np.float32]
+    outputs: NDArray[np.float32] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +75,12 @@ class Problem:
         Height and width of a 2-D kernel, for the spatial form.
     width : int or None
         Columns of the layer when ``weight`` stands for it in a smaller space; costs are counted with it.
+    bias : ndarray, shape (out,), or None
+        The layer's bias b; matters only where an activation follows.
+    activation : {"linear", "relu"}
+        What follows the layer.
+    columns, checks : Columns or None
+        Sampled columns to fit on, and others that choose between iterates.
     """
 
     weight: Array
@@ -62,6 +90,10 @@ class Problem:
     affine: bool = True
     kernel: tuple[int, int] | None = None
     width: int | None = None
+    bias: Array | None = None
+    activation: Activation = "linear"
+    columns: Columns | None = None
+    checks: Columns | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", np.asarray(self.weight, np.float64))
@@ -186,6 +218,33 @@ class SpatialFactors:
         """Return E, shape (out, d)."""
         full = np.einsum("orb,ria->oiab", self.left, self.right, optimize=True)
         return np.ascontiguousarray(full.reshape(full.shape[0], -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementFactors:
+    """``W ~ left @ right + S`` with single entries in S: a smaller file at the speed of the dense layer.
+
+    Shapes: left (out, rank), right (rank, d), float64; sparse (out, d) in CSR form; bias_shift (out,) as in Factors.
+    """
+
+    left: Array
+    right: Array
+    sparse: scipy.sparse.csr_array
+    bias_shift: Array
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank part; 0 if there is none."""
+        return int(self.left.shape[1])
+
+    @property
+    def params(self) -> int:
+        """Parameters: both factors and the entries stored, bias and indices not counted."""
+        return int(self.left.size + self.right.size + self.sparse.nnz)
+
+    def dense(self) -> Array:
+        """Return E, shape (out, d)."""
+        return np.asarray(self.left @ self.right + self.sparse.toarray(), np.float64)
 
 
 AnyFactors = Factors | SpatialFactors
