@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lrs.solvers import (
-    METHODS,
     Budget,
     Candidate,
     Factors,
@@ -28,13 +27,13 @@ from onnx_lrs.solvers import (
     solve,
 )
 from onnx_lrs.solvers.channels import eliminate, inverse_spd, removal_scores
-from onnx_lrs.solvers.closed_form import DATA_FREE, NO_CHANNELS, candidates, data_free_split, refit
+from onnx_lrs.solvers.closed_form import DATA_FREE, FAMILIES, NO_CHANNELS, candidates, data_free_split, refit
 from onnx_lrs.solvers.problem import columns_of, judged
 from onnx_lrs.solvers.solve import undominated
 from onnx_lrs.solvers.spatial import fit_spatial, spatial_candidates
 from onnx_lrs.solvers.spectral import DAMPING, assemble, damped, losses, reduce_rows, splits, unexplained
 
-NAMES = sorted(METHODS)
+NAMES = sorted(FAMILIES)
 
 
 # --- material -------------------------------------------------------------------------------------------------------
@@ -88,7 +87,7 @@ def best_low_rank(target, metric, rank):
 
 def check_contract(problem, budget, found, method):
     factors = found.factors
-    assert found.status is Status.SOLVED
+    assert found.status in (Status.SOLVED, Status.SINGULAR)
     assert isinstance(factors, Factors)
     assert factors.left.shape == (problem.out, factors.rank)
     assert factors.right.shape == (factors.rank, problem.d)
@@ -480,7 +479,7 @@ def test_the_bias_shift_keeps_the_mean_output(affine):
 def test_the_loss_of_a_candidate_is_the_judged_error_of_its_factors(method, affine, held_out, out):
     """On the fit's own and on other samples, whose mean differs; with and without a bias shift; tall and wide."""
     problem = make(15, out=out, channels=5, taps=2, affine=affine, held_out=held_out)
-    found = candidates(problem, METHODS[method](problem, 1, DAMPING), 1)
+    found = candidates(problem, FAMILIES[method](problem, 1, DAMPING), 1)
     for candidate in found:
         factors = built(problem, candidate, method)
         exact = judged(problem.weight, factors, problem.validation or problem.moments, affine)
@@ -515,7 +514,7 @@ def test_the_losses_of_a_fit_are_the_objective(method, data):
     if not data:
         problem = Problem(problem.weight)
     scale = objective(problem.weight, 0 * problem.weight, problem.moments)
-    for found in METHODS[method](problem, 1, DAMPING).curves:
+    for found in FAMILIES[method](problem, 1, DAMPING).curves:
         for rank, value in enumerate(found.losses):
             candidate = wanted(found.support, rank)
             dense = built(problem, candidate, method).dense()
@@ -820,7 +819,7 @@ def test_a_given_split_that_saves_nothing_is_refused():
     "given_", [{}, {"rank": 2}, {"channels": 2}, {"params": 9, "rank": 1}, {"params": 9, "rank": 1, "channels": 1}]
 )
 def test_a_budget_is_params_or_a_split(given_):
-    with pytest.raises(ValueError, match="either"):
+    with pytest.raises(ValueError, match="a layer budget takes"):
         Budget(**given_)
 
 
@@ -831,19 +830,39 @@ def test_a_multiple_is_positive(multiple):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused(value):
+@pytest.mark.parametrize("method", NAMES)
+def test_values_that_are_not_finite_are_a_status(value, method):
     weight = np.ones((3, 4))
     good = moments_of(samples(np.random.default_rng(0), 9, 4))
+    damaged = weight.copy()
+    damaged[1, 2] = value
+    bad = [Problem(damaged), Problem(damaged, 1, good)]
     for cell in (good.mean.copy(), good.cov.copy()):
         cell.flat[0] = value
-        bad = Moments(9, cell, good.cov) if cell.ndim == 1 else Moments(9, good.mean, cell)
-        with pytest.raises(ValueError, match="finite"):
-            Problem(weight, 1, bad)
-        with pytest.raises(ValueError, match="finite"):
-            Problem(weight, 1, good, bad)
-    weight[1, 2] = value
-    with pytest.raises(ValueError, match="finite"):
-        Problem(weight)
+        moments = Moments(9, cell, good.cov) if cell.ndim == 1 else Moments(9, good.mean, cell)
+        bad += [Problem(weight, 1, moments), Problem(weight, 1, good, moments)]
+    for problem in bad:
+        found = solve(problem, Budget(params=9), method=method)
+        assert (found.status, found.factors) == (Status.NOT_FINITE, None)
+        assert curve(problem, method, 1) == []
+
+
+def test_few_columns_are_a_status_and_indefinite_moments_are_solved_as_the_nearest_ones():
+    rng = np.random.default_rng(3)
+    few = Problem(rng.standard_normal((4, 10)), 1, moments_of(rng.standard_normal((7, 10))))
+    found = solve(few, Budget(params=30))
+    assert found.status is Status.SINGULAR
+    assert found.factors.params <= 30
+    indefinite = np.diag([1.0, 2.0, 3.0, -5.0])
+    found = solve(Problem(rng.standard_normal((3, 4)), 1, Moments(99, np.zeros(4), indefinite)), Budget(params=8))
+    assert found.status is Status.SINGULAR
+    assert np.isfinite(found.factors.dense()).all()
+
+
+def test_more_rank_than_the_matrix_has_is_a_status():
+    found = solve(make(3, out=6, channels=8), Budget(rank=50, channels=0))
+    assert (found.status, found.factors.rank) == (Status.RANK_TOO_LARGE, 3)  # 4 (6 + 8) would be larger than the layer
+    assert solve(make(3, out=6, channels=8), Budget(rank=6, channels=0)).status is Status.INFEASIBLE
 
 
 def test_shapes_that_do_not_agree_are_refused():

@@ -14,7 +14,7 @@ from onnx_lrs.graph.model import View
 from onnx_lrs.solvers import Candidate, Moments, Problem, curve, fit
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.closed_form import DATA_FREE, ROUNDS
-from onnx_lrs.solvers.problem import AnyFactors, Factors, judged
+from onnx_lrs.solvers.problem import AnyFactors, Factors, Settings, judged
 
 KEEPS_CHANNELS = ("channels", "magnitude")  # methods without a low-rank part
 BLOCK = 4096  # columns of W taken to float64 at a time
@@ -53,7 +53,7 @@ class Bench:
         method, problem = self._problem(layer, moments)
         assert method is not None  # a layer without a method has no candidates to choose
         with threads_for(problem.d, self.threads):
-            factors = fit(problem, chosen, method, rounds).factors
+            factors = fit(problem, chosen, method, Settings(steps=rounds)).factors
         assert factors is not None
         judge = moments.get(JUDGE)
         comparable = self._in_outputs(layer) or not is_wide(layer, self.memory_bytes)

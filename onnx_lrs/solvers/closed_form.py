@@ -7,14 +7,27 @@ a method is fully described by the supports it tries, the metric of its basis, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from onnx_lrs.solvers.channels import eliminate
+from onnx_lrs.solvers.method import Method, finished
 from onnx_lrs.solvers.moments import Moments
-from onnx_lrs.solvers.problem import LARGEST, Array, Budget, Candidate, Factors, Indices, Problem, columns_of, objective
-from onnx_lrs.solvers.spatial import spatial_candidates
+from onnx_lrs.solvers.problem import (
+    LARGEST,
+    Array,
+    Budget,
+    Candidate,
+    Factors,
+    Indices,
+    Problem,
+    Settings,
+    Solution,
+    columns_of,
+    objective,
+)
+from onnx_lrs.solvers.spatial import FORM, fit_spatial, spatial_candidates
 from onnx_lrs.solvers.spectral import (
     DAMPING,
     Curve,
@@ -194,3 +207,45 @@ def best_within(found: list[Candidate], budget: Budget) -> Candidate | None:
     else:
         found = [c for c in found if (c.rank, len(c.support)) == (budget.rank, budget.channels)]
     return min(found, key=lambda c: (c.loss, c.params), default=None)
+
+
+# ------------------------------------------------------------------------------------------ the families as methods
+
+FAMILIES: dict[str, Callable[[Problem, int, float], Family]] = {
+    "lrs": lrs,
+    "hsvd": hsvd,
+    "channels": channels,
+    "svd": svd,
+    "magnitude": magnitude,
+}
+
+
+def _method(name: str) -> Method:
+    """Return a family as a method; what it is is told by the family's own docstring."""
+    family = FAMILIES[name]
+
+    def found(problem: Problem, multiple: int, settings: Settings) -> list[Candidate]:
+        return candidates(problem, family(problem, multiple, choose_damping(problem)), multiple)
+
+    def choose(problem: Problem, budget: Budget, settings: Settings) -> Candidate | None:
+        if budget.rank is not None and budget.channels is not None and name == "lrs":
+            return exactly(problem, budget.rank, budget.channels)  # any split, not only those on the curves
+        return best_within(found(problem, budget.multiple, settings), budget)
+
+    sees_data = name not in DATA_FREE
+    return Method(found, choose, _fit if sees_data else _fit_data_free, sees_data=sees_data)
+
+
+def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
+    """Solve for a candidate's form and rank; ``settings.steps`` bounds how often the support is chosen again."""
+    if chosen.form == FORM:
+        return finished(problem, *fit_spatial(problem, chosen.rank, chosen.damping))
+    return finished(problem, *refit(problem, chosen, ROUNDS if settings.steps is None else settings.steps))
+
+
+def _fit_data_free(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
+    split = data_free_split(problem, chosen.support, low_rank=chosen.rank > 0)
+    return finished(problem, assemble(problem, reduce_rows(problem.weight), split, chosen.rank, shift=False))
+
+
+LRS, HSVD, CHANNELS, SVD, MAGNITUDE = (_method(name) for name in ("lrs", "hsvd", "channels", "svd", "magnitude"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
@@ -25,6 +25,7 @@ from onnx_lrs.solvers.moments import Moments
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Activation = Literal["linear", "relu"]
+Structure = Literal["channels", "elements"]
 LARGEST = 0.95  # of the dense layer: a candidate that saves less is not worth a second branch
 
 
@@ -100,13 +101,23 @@ class Problem:
         d = self.weight.shape[1]
         if d % self.taps:
             raise ValueError(f"{d} columns are no multiple of {self.taps} taps")
-        if not np.isfinite(self.weight).all():
-            raise ValueError("the weight has values that are not finite")
         for m in (self.moments, self.validation):
             if m is not None and m.mean.shape != (d,):
                 raise ValueError(f"moments of {m.mean.shape[0]} columns for a weight of {d}")
-            if m is not None and not (np.isfinite(m.mean).all() and np.isfinite(np.diagonal(m.cov)).all()):
-                raise ValueError("the moments have values that are not finite")  # |h_ij| <= sqrt(h_ii h_jj)
+        for sample in (self.columns, self.checks):
+            if sample is not None and sample.inputs.shape[1] != d:
+                raise ValueError(f"columns of {sample.inputs.shape[1]} features for a weight of {d}")
+
+    @property
+    def finite(self) -> bool:
+        """Whether weight, bias, statistics and columns hold finite values only."""
+        arrays: list[NDArray[Any]] = [self.weight, *([] if self.bias is None else [self.bias])]
+        for m in (self.moments, self.validation):
+            arrays += [] if m is None else [m.mean, np.diagonal(m.cov)]  # |h_ij| <= sqrt(h_ii h_jj)
+        for sample in (self.columns, self.checks):
+            arrays += [] if sample is None else [sample.inputs]
+            arrays += [] if sample is None or sample.outputs is None else [sample.outputs]
+        return all(bool(np.isfinite(a).all()) for a in arrays)
 
     @property
     def out(self) -> int:
@@ -141,24 +152,53 @@ class Budget:
     Parameters
     ----------
     params : int, optional
-        Upper limit of ``rank * (out + d) + kept channels * taps * out``; the solver chooses the split.
-    rank, channels : int, optional
-        The split itself, both given together.
+        Upper limit of ``rank * (out + d)`` plus the entries of S; the solver chooses the split.
+    rank, channels, elements : int, optional
+        The split itself: the rank together with the number of kept channels, or of single entries of S.
+    gain : float, optional
+        The error that is allowed, ``||phi(y) - phi(y')||_F <= gain * ||phi(y)||_F`` on the columns; the solver finds
+        the smallest factors that keep to it (methods with a guarantee only).
     multiple : int
-        Ranks and kept channels are multiples of it.
+        Ranks and kept channels are multiples of it; not the rank of a guaranteed error.
     """
 
     params: int | None = None
     rank: int | None = None
     channels: int | None = None
+    elements: int | None = None
+    gain: float | None = None
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        given = tuple(value is not None for value in (self.params, self.rank, self.channels))
-        if given not in ((True, False, False), (False, True, True)):
-            raise ValueError("a layer budget takes either params, or rank and channels")
+        given = {name for name in ("params", "rank", "channels", "elements", "gain") if getattr(self, name) is not None}
+        if given not in ({"params"}, {"rank", "channels"}, {"rank", "elements"}, {"gain"}):
+            raise ValueError("a layer budget takes params, or rank and channels, or rank and elements, or gain")
+        if self.gain is not None and not 0 <= self.gain < np.inf:
+            raise ValueError(f"a gain of {self.gain}: the allowed relative error must be a number from 0 up")
         if self.multiple < 1:
             raise ValueError(f"ranks and kept channels cannot be multiples of {self.multiple}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a method works, besides what it may spend.
+
+    Parameters
+    ----------
+    structure : {"channels", "elements"}
+        What the sparse part keeps: whole input channels, or single entries.
+    steps : int, optional
+        Limit of the iterations of one solve; None: the method's own.
+    tolerance : float
+        Relative residuals at which an iteration ends.
+    seed : int
+        Decides random starts.
+    """
+
+    structure: Structure = "channels"
+    steps: int | None = None
+    tolerance: float = 1e-4
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +295,7 @@ class Candidate:
     """One point of a layer's error curve.
 
     ``loss`` is J relative to the layer's output variance on the validation moments; ``support`` the kept channels;
-    ``damping`` the share of the mean diagonal of H that was added to it.
+    ``damping`` the share of the mean diagonal of H that was added to it; ``elements`` the single entries of S.
     """
 
     form: str
@@ -264,19 +304,26 @@ class Candidate:
     loss: float
     support: Indices
     damping: float
+    elements: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
     """What :func:`onnx_lrs.solvers.solve` returns.
 
-    ``objective`` is J(E), float64, on the undamped moments of the fit; ``history`` the objective after each half-step.
+    ``objective`` is J(E), float64, on the undamped moments of the fit (of the columns where there are none);
+    ``history`` what the method lowers, step by step; ``residuals`` the relative primal and dual residual of each step
+    of a splitting method. Methods with a guarantee set ``allowed``, the error eps, and ``error`` <= eps, the one
+    reached: both ``||phi(y) - phi(y')||_F`` over the columns.
     """
 
     status: Status
     factors: AnyFactors | None
     objective: float
     history: tuple[float, ...] = ()
+    residuals: tuple[tuple[float, float], ...] = ()
+    allowed: float | None = None
+    error: float | None = None
 
 
 def columns_of(channels: Indices, taps: int) -> Indices:

@@ -1,29 +1,33 @@
-"""One entrance to every method: validated in, validated out."""
+"""One entrance to every method: validated in, validated out, and every way to fail is a Status."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 
 from onnx_lrs.solvers import closed_form
-from onnx_lrs.solvers.closed_form import ROUNDS, Family, best_within, candidates, data_free_split, exactly, refit
-from onnx_lrs.solvers.problem import AnyFactors, Budget, Candidate, Problem, Solution, Status, objective
-from onnx_lrs.solvers.spatial import FORM, fit_spatial
-from onnx_lrs.solvers.spectral import assemble, choose_damping, reduce_rows
+from onnx_lrs.solvers.method import Method, definite
+from onnx_lrs.solvers.problem import Budget, Candidate, Problem, Settings, Solution
 
-METHODS: dict[str, Callable[[Problem, int, float], Family]] = {
-    "lrs": closed_form.lrs,
-    "hsvd": closed_form.hsvd,
-    "channels": closed_form.channels,
-    "svd": closed_form.svd,
-    "magnitude": closed_form.magnitude,
+METHODS: dict[str, Method] = {
+    "lrs": closed_form.LRS,
+    "hsvd": closed_form.HSVD,
+    "channels": closed_form.CHANNELS,
+    "svd": closed_form.SVD,
+    "magnitude": closed_form.MAGNITUDE,
 }
 
 
-def curve(problem: Problem, method: str, multiple: int) -> list[Candidate]:
-    """Return the candidates of ``method`` that no other one beats in both parameters and loss, by rising parameters."""
-    found = candidates(problem, METHODS[method](problem, multiple, choose_damping(problem)), multiple)
+def curve(problem: Problem, method: str, multiple: int, settings: Settings | None = None) -> list[Candidate]:
+    """Return the candidates of ``method`` that no other one beats in both parameters and loss, by rising parameters.
+
+    Empty if the problem holds values that are not finite.
+    """
+    if not problem.finite:
+        return []
+    try:
+        found = METHODS[method].candidates(problem, multiple, settings or Settings())
+    except np.linalg.LinAlgError:
+        found = METHODS[method].candidates(definite(problem), multiple, settings or Settings())
     return undominated(found)
 
 
@@ -36,56 +40,38 @@ def undominated(found: list[Candidate]) -> list[Candidate]:
     return front
 
 
-def solve(problem: Problem, budget: Budget, *, method: str = "lrs") -> Solution:
+def solve(problem: Problem, budget: Budget, *, method: str = "lrs", settings: Settings | None = None) -> Solution:
     """Approximate one layer within a budget.
 
     Parameters
     ----------
     problem : Problem
-        The layer and its statistics.
+        The layer and what is known of its inputs.
     budget : Budget
-        Parameters (the method chooses the split), or rank and number of kept channels.
+        Parameters (the method chooses the split), the split itself, or the error that is allowed.
     method : str
-        A key of :data:`METHODS`.
+        A key of :data:`METHODS`; ``METHODS[name](problem, budget, settings=settings)`` says the same.
+    settings : Settings, optional
+        How the method works.
 
     Returns
     -------
     Solution
-        ``factors`` within the budget, or None with the status INFEASIBLE or DENSE.
+        ``factors`` within the budget, or None with the status INFEASIBLE, DENSE, NOT_FINITE or ERROR_TOO_SMALL.
 
     Raises
     ------
     KeyError
         If the method is unknown.
+    ValueError
+        If the method cannot take such a budget, or needs columns that the problem lacks.
     """
-    if budget.params is not None and budget.params >= problem.params:
-        return Solution(Status.DENSE, None, 0.0)
-    if budget.rank is not None and budget.channels is not None and method == "lrs":
-        chosen = exactly(problem, budget.rank, budget.channels)  # any split, not only those on the curves
-    else:
-        family = METHODS[method](problem, budget.multiple, choose_damping(problem))
-        chosen = best_within(candidates(problem, family, budget.multiple), budget)
-    if chosen is None:
-        nothing = objective(problem.weight, 0 * problem.weight, problem.moments, problem.affine)
-        return Solution(Status.INFEASIBLE, None, nothing)
-    return fit(problem, chosen, method)
+    return METHODS[method](problem, budget, settings=settings)
 
 
-def fit(problem: Problem, chosen: Candidate, method: str, rounds: int = ROUNDS) -> Solution:
-    """Solve for a candidate's rank and support (from other moments, perhaps), re-chosen ``rounds`` times."""
-    if method in closed_form.DATA_FREE:  # nothing to refit
-        split = data_free_split(problem, chosen.support, low_rank=chosen.rank > 0)
-        factors: AnyFactors = assemble(problem, reduce_rows(problem.weight), split, chosen.rank, shift=False)
-        history: tuple[float, ...] = ()
-    elif chosen.form == FORM:
-        factors, history = fit_spatial(problem, chosen.rank, chosen.damping)
-    else:
-        factors, history = refit(problem, chosen, rounds)
-    return Solution(Status.SOLVED, factors, _objective(problem, factors), history)
-
-
-def _objective(problem: Problem, factors: AnyFactors) -> float:
-    value = objective(problem.weight, factors.dense(), problem.moments, problem.affine)
-    if not np.isfinite(value):
-        raise FloatingPointError("a solver returned values that are not finite")
-    return value
+def fit(problem: Problem, chosen: Candidate, method: str, settings: Settings | None = None) -> Solution:
+    """Return the factors for a candidate of :func:`curve`, perhaps on other statistics than the curve's."""
+    try:
+        return METHODS[method].fit(problem, chosen, settings or Settings())
+    except np.linalg.LinAlgError:
+        return METHODS[method].fit(definite(problem), chosen, settings or Settings())

@@ -1,0 +1,93 @@
+r"""Proximal maps and projections, each a pure function of arrays.
+
+``prox_f(x) = argmin_z f(z) + 1/2 ||z - x||^2``; a projection is the map of an indicator function. All of them are
+non-expansive but :func:`largest` and :func:`through_relu`, whose sets or losses are not convex.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_lrs.solvers.problem import Array
+
+Floats = TypeVar("Floats", NDArray[np.float32], NDArray[np.float64])
+Mask = NDArray[np.bool_]
+
+
+def soft(x: Floats, threshold: float) -> Floats:
+    """Return the map of ``threshold * ||x||_1``: entries shrunk toward zero; any shape."""
+    shrunk: Floats = np.sign(x) * np.maximum(np.abs(x) - x.dtype.type(threshold), 0)
+    return shrunk
+
+
+def group_norms(x: Floats, taps: int) -> Floats:
+    """Return the Frobenius norm of each channel's columns; x (out, channels * taps), result (channels,)."""
+    squares = np.einsum("md,md->d", x, x)
+    norms: Floats = np.sqrt(squares.reshape(-1, taps).sum(axis=1))
+    return norms
+
+
+def group_soft(x: Floats, threshold: float, taps: int) -> Floats:
+    """Return the map of ``threshold * sum_g ||x_g||_F``: channels shrunk toward zero; x (out, channels * taps)."""
+    norms = group_norms(x, taps)
+    kept = np.maximum(norms - x.dtype.type(threshold), 0) / np.maximum(norms, np.finfo(x.dtype).tiny)
+    shrunk: Floats = x * np.repeat(kept, taps)[None, :]
+    return shrunk
+
+
+def singular_soft(x: Floats, threshold: float) -> tuple[Floats, Floats]:
+    """Return the map of ``threshold * ||x||_*`` and the singular values that are left, falling.
+
+    By the eigenvectors of the smaller Gram matrix, so values below about 1e-8 (float32: 1e-3) of the largest are not
+    resolved; they are the ones a threshold removes.
+    """
+    if x.shape[0] > x.shape[1]:
+        found, values = singular_soft(np.ascontiguousarray(x.T), threshold)
+        return np.ascontiguousarray(found.T), values
+    squares, vectors = np.linalg.eigh(x @ x.T)
+    values = np.sqrt(np.maximum(squares, 0))
+    left = np.maximum(values - x.dtype.type(threshold), 0)
+    kept = left > 0
+    basis = vectors[:, kept]
+    return (basis * (left[kept] / values[kept])) @ (basis.T @ x), left[kept][::-1]
+
+
+def to_ball(x: Floats, centre: Floats, radius: float) -> Floats:
+    """Return the projection onto ``||x - centre||_F <= radius``; any shape."""
+    difference = x - centre
+    distance = float(np.linalg.norm(difference))
+    return x if distance <= radius else centre + difference * x.dtype.type(radius / distance)
+
+
+def below(x: Floats, limit: Floats | float) -> Floats:
+    """Return the projection onto ``x <= limit``, entry by entry."""
+    return np.minimum(x, limit)
+
+
+def largest(scores: Array, count: int) -> Mask:
+    """Return where the ``count`` largest scores stand; of equal ones the earlier. Any shape, bool."""
+    flat = scores.ravel()
+    chosen = np.zeros(flat.size, bool)
+    if count >= flat.size:
+        chosen[:] = True
+    elif count > 0:
+        bar = np.partition(flat, flat.size - count)[flat.size - count]
+        chosen[flat > bar] = True
+        chosen[np.flatnonzero(flat == bar)[: count - int(chosen.sum())]] = True
+    return chosen.reshape(scores.shape)
+
+
+def through_relu(v: Floats, a: Floats, rho: float) -> Floats:
+    """Return ``argmin_z (a - max(z, 0))^2 + rho (z - v)^2`` for a >= 0, entry by entry (METHODS 5, our derivation).
+
+    Either z >= 0, a ridge average of a and v, or z <= 0, where only v pulls; the cheaper of the two.
+    """
+    weight = v.dtype.type(rho)
+    above = np.maximum((a + weight * v) / (1 + weight), 0)
+    under = np.minimum(v, 0)
+    cost_above = np.square(a - above) + weight * np.square(above - v)
+    cost_under = np.square(a) + weight * np.square(under - v)
+    return np.where(cost_above <= cost_under, above, under)
