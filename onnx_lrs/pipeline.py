@@ -20,23 +20,25 @@ from onnx_lrs.config import Budget, Config
 from onnx_lrs.errors import BudgetError, ConfigError, OutputError, VerificationError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.cost import macs_by_node
+from onnx_lrs.graph.forms import element_params, stored_entries
 from onnx_lrs.graph.layers import Layer
-from onnx_lrs.graph.model import ModelSource, View
-from onnx_lrs.graph.rewrite import Rewritten, rewrite
+from onnx_lrs.graph.model import ModelSource, View, takes_sparse
+from onnx_lrs.graph.rewrite import Rewritten, rewrite, take_rows
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
 from onnx_lrs.planning.plan import Plan, error_curves, macs_of, make_plan, weighted
 from onnx_lrs.planning.sensitivity import sensitivities
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.environment import environment, peak_memory_bytes
-from onnx_lrs.report.result import LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
+from onnx_lrs.report.result import Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.session import Session
 from onnx_lrs.runtime.verify import check_structure, compare_outputs
 from onnx_lrs.solvers import METHODS
 from onnx_lrs.solvers.closed_form import DATA_FREE, form_of
-from onnx_lrs.solvers.problem import AnyFactors, SpatialFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 
 POOR = 0.3  # relative error of an output beyond which the console warns
+NAMED = 5  # layers that a note calls by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ def compress(job: Job) -> Result:
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks)
+        layers = _layer_results(subject, rewritten, fitted, known=material.samples is not None)
         before, after, quality, provider = _judge(job, subject, material, rewritten.model, clock)
         after = _write(job, rewritten.model, after, bool(outside), clock)
     return Result(
@@ -101,13 +104,18 @@ def compress(job: Job) -> Result:
         after=after,
         ratio=ratio_of(before, after),
         quality=quality,
-        layers=_layer_results(subject, rewritten, fitted, known=material.samples is not None),
+        layers=layers,
         skipped=_skipped(subject),
         settings=_effective(job.config, material).to_dict(),
         environment=environment(provider, job.config.threads, job.config.seed),
         seconds=clock.total(),
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*notes, *_closing_notes(before, after, quality), *_side_notes(job, material, quality, bool(outside))),
+        notes=(
+            *notes,
+            *_closing_notes(before, after, quality),
+            *_element_notes(layers),
+            *_side_notes(job, material, quality, bool(outside)),
+        ),
         model=rewritten.model,
     )
 
@@ -333,36 +341,59 @@ def _layer_result(
     macs = subject.macs[layer.node]
     kept_outputs = layer.out if outputs is None else len(outputs)
     factors = done.factors if done else None
+    if isinstance(factors, ElementFactors) and outputs is not None:
+        factors = take_rows(factors, outputs)  # which rows the entries lie in is known only now
     form, rank, kept = _describe(factors)
-    params = _params(layer, factors, outputs)
+    params = _params(subject, layer, factors, outputs)
     return LayerResult(
         name=layer.name,
         op=layer.op,
         shape=layer.weight_shape,
-        form=form,  # type: ignore[arg-type]
+        form=form,
         rank=rank,
         kept_channels=kept,
+        elements=int(stored_entries(factors.sparse).nnz) if isinstance(factors, ElementFactors) else 0,
         channels=layer.channels,
         outputs=layer.out,
         kept_outputs=kept_outputs,
         params_before=layer.params,
         params_after=params,
         macs_before=macs,
-        macs_after=macs if factors is None and outputs is None else macs_of(subject, layer, form, rank, params),
+        macs_after=_macs_after(subject, layer, factors, outputs, params),
         error=done.error if done else (0.0 if known else None),
     )
 
 
-def _describe(factors: AnyFactors | None) -> tuple[str, int, int]:
+def _describe(factors: AnyFactors | None) -> tuple[Form, int, int]:
+    """Return form, rank and number of kept channels."""
     if factors is None:
         return "dense", 0, 0
     if isinstance(factors, SpatialFactors):
         return "spatial", factors.rank, 0
-    return form_of(factors.rank, len(factors.kept)), factors.rank, len(factors.kept)
+    if isinstance(factors, ElementFactors):
+        return "low-rank + elements" if factors.rank else "elements", factors.rank, 0
+    form: Form = form_of(factors.rank, len(factors.kept))  # type: ignore[assignment]
+    return form, factors.rank, len(factors.kept)
 
 
-def _params(layer: Layer, factors: AnyFactors | None, outputs: NDArray[np.int64] | None) -> int:
+def _macs_after(
+    subject: Subject, layer: Layer, factors: AnyFactors | None, outputs: NDArray[np.int64] | None, params: int
+) -> int:
+    """Return the layer's cost after rewriting; one with single elements runs dense."""
+    macs = subject.macs[layer.node]
+    if isinstance(factors, ElementFactors):
+        return macs if outputs is None else macs // layer.out * len(outputs)
+    if factors is None and outputs is None:
+        return macs
+    form, rank, _ = _describe(factors)
+    return macs_of(subject, layer, form, rank, params)
+
+
+def _params(subject: Subject, layer: Layer, factors: AnyFactors | None, outputs: NDArray[np.int64] | None) -> int:
     """Return the layer's weights after rewriting; rows that went are not counted."""
+    if isinstance(factors, ElementFactors):
+        entries = stored_entries(factors.sparse)
+        return element_params(factors.rank, int(entries.nnz), entries.shape, takes_sparse(subject.folded))
     share = 0 if outputs is None else layer.out - len(outputs)
     if factors is None:
         return layer.params - share * layer.d
@@ -388,6 +419,16 @@ def _closing_notes(before: Totals, after: Totals, quality: tuple[OutputQuality, 
                 "if that is too much, allow a larger budget or give more data."
             )
     return notes
+
+
+def _element_notes(layers: tuple[LayerResult, ...]) -> list[str]:
+    """Say what layers with single elements gain, and what not."""
+    names = [layer.name for layer in layers if layer.elements and layer.params_after < layer.params_before]
+    if not names:
+        return []
+    called = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    same = "ONNX Runtime runs them as dense layers"
+    return [f"Element-sparse layers ({called}) make a smaller file at the same speed: {same}."]
 
 
 def _side_notes(job: Job, material: Material, quality: tuple[OutputQuality, ...] | None, external: bool) -> list[str]:

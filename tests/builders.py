@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import scipy.sparse
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrs.solvers.problem import Factors, SpatialFactors, columns_of
+from onnx_lrs.solvers.problem import ElementFactors, Factors, SpatialFactors, columns_of
 
 OPSETS = (7, 9, 11, 13, 17, 26)  # 26 is the last one that ONNX Runtime 1.31 takes
 node = helper.make_node
@@ -103,6 +104,14 @@ def planted_spatial(out: int, channels: int, kernel: Sequence[int], seed: int = 
     random = np.random.default_rng(seed)
     left, right = random.standard_normal((out, 3, kernel[1])), random.standard_normal((3, channels, kernel[0]))
     return SpatialFactors(left, right, np.zeros(out))
+
+
+def planted_elements(out: int, d: int, rank: int = 0, share: float = 0.1, seed: int = 0) -> ElementFactors:
+    """Return factors of quarters between -2 and 2: whoever multiplies them in float32 gets E without any rounding."""
+    random = np.random.default_rng([seed, out, d, rank])
+    left, right = random.integers(-8, 9, (out, rank)) / 4, random.integers(-8, 9, (rank, d)) / 4
+    values = np.where(random.random((out, d)) < share, random.integers(1, 9, (out, d)) / 4, 0)
+    return ElementFactors(left, right, scipy.sparse.csr_array(values), np.zeros(out))
 
 
 def keeping(matrix: np.ndarray, kept: Sequence[int], taps: int = 1) -> Factors:

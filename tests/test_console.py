@@ -26,7 +26,7 @@ from onnx_lrs.report.result import (
     ratio_of,
 )
 
-FORMS = ("dense", "low-rank", "channels", "low-rank + channels", "spatial")
+FORMS = ("dense", "low-rank", "channels", "low-rank + channels", "spatial", "elements", "low-rank + elements")
 
 
 def layer(index: int, form: str = "low-rank + channels", **changes) -> LayerResult:
@@ -37,6 +37,7 @@ def layer(index: int, form: str = "low-rank + channels", **changes) -> LayerResu
         "form": form,
         "rank": 64,
         "kept_channels": 120,
+        "elements": 58_982,
         "channels": 256,
         "outputs": 512,
         "kept_outputs": 512,
@@ -199,6 +200,8 @@ def test_many_reasons_are_cut_short():
         ("spatial", "spatial 64"),
         ("channels", "channels 120/256"),
         ("low-rank + channels", "low-rank 64 + channels 120/256"),
+        ("elements", "elements 5.00 %"),
+        ("low-rank + elements", "low-rank 64 + elements 5.00 %"),
     ],
 )
 def test_a_form_is_shown_with_its_figures(form, words):
@@ -209,6 +212,11 @@ def test_a_form_is_shown_with_its_figures(form, words):
 def test_dropped_filters_are_shown():
     text = flat(render(typical(layers=(layer(0, "dense", name="c", kept_outputs=400),)), width=100))
     assert "dense, outputs 400/512" in text
+
+
+def test_elements_are_a_share_of_the_filters_that_are_left():
+    shown = layer(0, "elements", name="c", kept_outputs=256)
+    assert "elements 10.00 %, outputs 256/512" in flat(render(typical(layers=(shown,)), width=100))
 
 
 def test_a_result_without_layers():

@@ -439,3 +439,75 @@ def test_every_weight_is_loaded_once(monkeypatch):
     constants = {"w": W, "v": normal(OUT, OUT), "k": normal(32, 8, 3)}
     find(View(build(nodes, {"x": (2, IN), "c": (1, 16, 9)}, constants, outputs=("b", "d"))))
     assert sorted(loaded) == ["k", "v", "vt", "w"]  # vt by way of v
+
+
+# ---------------------------------------------------------------- weights computed from constants
+
+
+def sparse_values(name, matrix):
+    """Return a sparse initialiser, and how many values it stores."""
+    places = np.flatnonzero(matrix)
+    values = numpy_helper.from_array(matrix.ravel()[places], name)
+    return helper.make_sparse_tensor(values, numpy_helper.from_array(places), matrix.shape), len(places)
+
+
+def computed_weight(reader, **options):
+    """``x`` (2, IN) -> MatMul or Gemm whose weight is left @ right + S; ``options`` are those of make."""
+    factors = {"left": normal(IN, 3), "right": normal(3, OUT)}
+    nodes = [
+        node("MatMul", ["left", "right"], ["product"], name="inner"),
+        node("Add", ["product", "s"], ["w"]),
+        node(reader, ["x", "w"], ["y"], name="layer"),
+    ]
+    model = make(nodes, {"x": (2, IN)}, {"y": (2, OUT)}, factors, **options)
+    stored, count = sparse_values("s", np.where(normal(IN, OUT) > 1.5, normal(IN, OUT), 0).astype(np.float32))
+    model.graph.sparse_initializer.append(stored)
+    return model, 3 * (IN + OUT) + count
+
+
+@pytest.mark.parametrize("reader", ["MatMul", "Gemm"])
+def test_a_weight_computed_from_constants_is_one_layer_that_is_left_alone(reader):
+    model, stored = computed_weight(reader)
+    layers, skipped = search(model)
+    assert not layers
+    assert [(s.name, s.shape, s.params) for s in skipped] == [("layer", (IN, OUT), stored)]
+    assert "computed from constants" in skipped[0].reason
+    view = View(model)
+    assert tensors_to_measure(view) == ["y"]
+    assert macs_by_node(view, {"x": (2, IN), "y": (2, OUT)}) == {"y": 2 * IN * OUT}
+
+
+def test_a_computed_kernel_has_the_shape_it_is_given():
+    constants = {"left": normal(OUT, 2), "right": normal(2, 5 * 9), "to": np.array([OUT, 5, 3, 3])}
+    nodes = [
+        node("MatMul", ["left", "right"], ["product"]),
+        node("Reshape", ["product", "to"], ["same"]),
+        node("Identity", ["same"], ["w"]),
+        node("Conv", ["x", "w"], ["y"], name="layer"),
+    ]
+    view = View(make(nodes, {"x": (1, 5, 6, 6)}, ["y"], constants))
+    assert (view.stored_shape("w"), view.stored_params("w")) == ((OUT, 5, 3, 3), 2 * (OUT + 45))
+    assert [view.is_computed(name) for name in ("product", "same", "w", "left", "x", "y")] == [True] * 3 + [False] * 3
+
+
+def test_what_a_caller_may_replace_is_not_computed_from_constants():
+    model, _ = computed_weight("MatMul")
+    model.graph.input.append(helper.make_tensor_value_info("left", TensorProto.FLOAT, (IN, 3)))
+    view = View(model)
+    assert not view.is_computed("w")
+    assert tensors_to_measure(view) == ["product", "w", "y"]
+
+
+def test_operands_that_do_not_fit_are_left_to_onnxruntime():
+    constants = {"a": normal(2, 3), "b": normal(4)}
+    nodes = [node("Add", ["a", "b"], ["w"]), node("Reshape", ["a", "to"], ["v"]), node("MatMul", ["x", "w"], ["y"])]
+    model = make(nodes, {"x": (2, 2)}, {"y": (2, 3)}, constants | {"to": np.array([-1, 1])})
+    assert not any(View(model).is_computed(name) for name in ("w", "v"))
+
+
+def test_a_sparse_weight_counts_what_is_stored():
+    model = build([matmul()], constants={})
+    stored, count = sparse_values("w", np.where(W > 1, W, 0))
+    model.graph.sparse_initializer.append(stored)
+    (skipped,) = search(model)[1]
+    assert (skipped.shape, skipped.params) == (W.shape, count)

@@ -31,7 +31,7 @@ RECORDS = [Result, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Insp
 
 def full_result() -> Result:
     before, after = Totals(1000, 2000, 4000, 3.0), Totals(500, 0, 2000, 1.5)
-    layer = LayerResult("c", "Conv", (8, 4, 3, 3), "low-rank", 2, 0, 4, 8, 8, 288, 88, 900, 400, math.inf)
+    layer = LayerResult("c", "Conv", (8, 4, 3, 3), "low-rank", 2, 0, 0, 4, 8, 8, 288, 88, 900, 400, math.inf)
     return Result(
         input="a.onnx",
         output=None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx_graphsurgeon as gs
 
@@ -16,24 +16,26 @@ COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 def tensors_to_measure(view: View) -> list[str]:
     """Return the computed tensors whose shapes :func:`macs_by_node` needs."""
     names: dict[str, None] = {}
-    for node in view.nodes:
-        if node.op in COUNTED and is_standard(node.domain):
-            for tensor in (*node.inputs[:2], node.outputs[0]):
-                if tensor.name not in view.inputs and view.stored_shape(tensor.name) is None:
-                    names[tensor.name] = None
+    for node in _counted(view):
+        for tensor in (*node.inputs[:2], node.outputs[0]):
+            if tensor.name not in view.inputs and view.stored_shape(tensor.name) is None:
+                names[tensor.name] = None
     return list(names)
 
 
 def macs_by_node(view: View, shapes: Shapes) -> dict[str, int]:
     """Return multiply-accumulates of one run by the node's first output.
 
-    Counted are Conv, ConvTranspose, Gemm and MatMul of the main graph; ``shapes`` holds measured tensors and inputs.
+    Counted are Conv, ConvTranspose, Gemm and MatMul of the main graph, but for products of constants, which a runtime
+    computes once; ``shapes`` holds measured tensors and inputs.
     """
-    return {
-        node.outputs[0].name: _macs(view, node, shapes)
-        for node in view.nodes
-        if node.op in COUNTED and is_standard(node.domain)
-    }
+    return {node.outputs[0].name: _macs(view, node, shapes) for node in _counted(view)}
+
+
+def _counted(view: View) -> Iterator[gs.Node]:
+    for node in view.nodes:
+        if node.op in COUNTED and is_standard(node.domain) and not view.is_computed(node.outputs[0].name):
+            yield node
 
 
 def _macs(view: View, node: gs.Node, shapes: Shapes) -> int:

@@ -92,7 +92,7 @@ class Layer:
 class Skipped:
     """A layer left dense and why; ``node`` as in :class:`Layer`, None inside a subgraph.
 
-    ``shape`` and ``params`` are those of its constant operands; () and 0 if it has none.
+    ``shape`` is that of its constant operand, ``params`` what is stored for it; () and 0 if it has none.
     """
 
     name: str
@@ -111,22 +111,30 @@ def find(view: View, exclude: Sequence[str] = ()) -> tuple[tuple[Layer, ...], tu
     for node, name in zip(view.nodes, names, strict=True):
         if node.op not in WEIGHTED_OPS and node.op not in NOT_SUPPORTED:
             continue
+        if _makes_a_weight(view, node):
+            continue
         found = _examine(view, node, name, exclude)
         if isinstance(found, Layer):
             layers.append(found)
         else:
-            shape = _constant_operand(view, node)
-            skipped.append(Skipped(name, node.op, node.outputs[0].name, shape, math.prod(shape) if shape else 0, found))
+            skipped.append(Skipped(name, node.op, node.outputs[0].name, *_constant_operand(view, node), found))
     return tuple(layers), tuple(skipped + _inside_subgraphs(view))
 
 
-def _constant_operand(view: View, node: gs.Node) -> tuple[int, ...]:
-    """Return the shape of a layer's stored weight, whichever input it is; () if there is none."""
+def _makes_a_weight(view: View, node: gs.Node) -> bool:
+    """Return whether a product of constants is part of a weight: no layer then, it is computed once."""
+    output = node.outputs[0].name
+    return view.is_computed(output) and output not in view.outputs
+
+
+def _constant_operand(view: View, node: gs.Node) -> tuple[tuple[int, ...], int]:
+    """Return shape and parameters of a layer's stored weight, whichever input it is; () and 0 if there is none."""
     for tensor in node.inputs:
-        shape = view.stored_shape(_before_dequantization(tensor).name) or ()
+        name = _before_dequantization(tensor).name
+        shape = view.stored_shape(name) or ()
         if len(shape) > 1:
-            return shape
-    return ()
+            return shape, view.stored_params(name)
+    return (), 0
 
 
 def _before_dequantization(tensor: gs.Tensor) -> gs.Tensor:
@@ -194,6 +202,8 @@ def _weight_side(view: View, node: gs.Node) -> int | str:
         return "its weight is a graph input, so a caller may replace it"
     if any(view.is_sparse(t.name) for t in node.inputs[:2]):
         return "its weight is a sparse initialiser"
+    if any(view.is_computed(t.name) for t in node.inputs[:2]):
+        return "its weight is computed from constants (low rank + elements, for example)"
     for tensor in node.inputs[:2]:
         before = _before_dequantization(tensor)
         if before is not tensor and view.is_constant(before.name):

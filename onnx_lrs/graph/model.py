@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,11 @@ from onnx_lrs.errors import ModelError, OutputError
 
 OLDEST_OPSET = 7
 INITIALISERS_NO_INPUTS = 4  # the IR version since which an initialiser need not be listed as a graph input
+# The IR version that brought sparse initialisers into the format. Measured: onnx.checker 1.23.2 and ONNX Runtime 1.31.1
+# take them from IR 4 on and in every opset (operators see a dense tensor), but the format's own word is what counts.
+SPARSE_SINCE = 6
 PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2^31 - 1, the rest is room for the graph
+COMPUTED_OPS = ("MatMul", "Add", "Reshape", "Identity", "Transpose")  # what a weight of low rank + elements is made of
 CONSTANT_FORMS = ("value", "value_float", "value_floats", "value_int", "value_ints")
 ModelSource = str | os.PathLike[str] | onnx.ModelProto
 
@@ -249,6 +255,14 @@ def _quiet_graphsurgeon() -> Iterator[None]:
         G_LOGGER.severity = before
 
 
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """Shape of a tensor that is known before a run, and how many parameters are stored for it."""
+
+    shape: tuple[int, ...]
+    params: int
+
+
 class View:
     """A read-only look at a model's graph through onnx-graphsurgeon: constants, producers, readers.
 
@@ -271,7 +285,11 @@ class View:
         self.nodes: list[gs.Node] = list(self.graph.nodes)
         self.captured = _captured_by_subgraphs(self.graph)
         self._stored = _stored_constants(model)
-        self._sparse_shapes = {t.values.name: tuple(t.dims) for t in model.graph.sparse_initializer}
+        self._sparse = {
+            t.values.name: Extent(tuple(t.dims), math.prod(t.values.dims)) for t in model.graph.sparse_initializer
+        }
+        self._computed: dict[str, Extent] = {}
+        self._find_computed()
         self._reads = collections.Counter(t.name for node in self.nodes for t in node.inputs)
 
     def readers(self, name: str) -> list[gs.Node]:
@@ -291,7 +309,14 @@ class View:
 
     def is_sparse(self, name: str) -> bool:
         """Return whether a tensor is a sparse initialiser."""
-        return name in self._sparse_shapes
+        return name in self._sparse
+
+    def is_computed(self, name: str) -> bool:
+        """Return whether a tensor is computed from stored ones alone, which a runtime does once, at load.
+
+        Known are the operators of a weight that is a product of two factors plus single elements.
+        """
+        return name in self._computed
 
     def is_constant(self, name: str) -> bool:
         """Return whether a tensor is a constant; see :meth:`constant`."""
@@ -320,17 +345,58 @@ class View:
         return value if node.op == "Identity" else np.transpose(value, node.attrs.get("perm"))
 
     def stored_shape(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of a tensor stored in the model (constant, sparse or a default); None if it is computed."""
-        if name in self._sparse_shapes:
-            return self._sparse_shapes[name]
+        """Return the shape of a tensor stored in the model or computed from such alone; None if it depends on inputs.
+
+        Stored are constants, sparse initialisers and defaults of inputs.
+        """
+        extent = self._extent(name)
+        return None if extent is None else extent.shape
+
+    def stored_params(self, name: str) -> int:
+        """Return how many values are stored for a tensor of :meth:`stored_shape`, in all its factors; 0 for others."""
+        extent = self._extent(name)
+        return 0 if extent is None else extent.params
+
+    def _extent(self, name: str) -> Extent | None:
+        known = self._sparse.get(name) or self._computed.get(name)
+        if known is not None:
+            return known
         if name in self._stored:
-            return _shape_of(self._stored[name])
+            shape = _shape_of(self._stored[name])
+            return Extent(shape, math.prod(shape))
         node = self._static_producer(name)
-        shape = self.stored_shape(node.inputs[0].name) if node is not None else None
-        if node is None or shape is None or node.op == "Identity":
-            return shape
-        order = node.attrs.get("perm") or reversed(range(len(shape)))
-        return tuple(shape[axis] for axis in order)
+        extent = self._extent(node.inputs[0].name) if node is not None else None
+        if node is None or extent is None or node.op == "Identity":
+            return extent
+        order = node.attrs.get("perm") or reversed(range(len(extent.shape)))
+        return Extent(tuple(extent.shape[axis] for axis in order), extent.params)
+
+    def _find_computed(self) -> None:
+        """Go through the nodes in their order, which is that of the data, and note what needs no input."""
+        for node in self.nodes:
+            if node.op not in COMPUTED_OPS or not is_standard(node.domain) or not node.inputs or not node.outputs:
+                continue
+            operands = [None if t.name in self.inputs else self._extent(t.name) for t in node.inputs]
+            known = [extent for extent in operands if extent is not None]
+            result = self._combined(node, known) if len(known) == len(operands) else None
+            if result is not None:
+                self._computed[node.outputs[0].name] = result
+
+    def _combined(self, node: gs.Node, operands: list[Extent]) -> Extent | None:
+        """Return what a node makes of its operands; None if that is a constant anyway or left to be measured."""
+        if node.op in ("Identity", "Transpose"):
+            return self._extent(node.outputs[0].name) if self.is_computed(node.inputs[0].name) else None
+        if len(operands) != 2:
+            return None
+        first, second = operands
+        if node.op == "MatMul" and len(first.shape) == len(second.shape) == 2:
+            return Extent((first.shape[0], second.shape[1]), first.params + second.params)
+        if node.op == "Add" and first.shape == second.shape:
+            return Extent(first.shape, first.params + second.params)
+        if node.op == "Reshape" and self.is_constant(node.inputs[1].name):
+            target = tuple(int(size) for size in self.constant(node.inputs[1].name))
+            return Extent(target, first.params) if all(size > 0 for size in target) else None
+        return None
 
     def _static_producer(self, name: str) -> gs.Node | None:
         """Return the Identity or Transpose node that makes a tensor, if one does."""
@@ -404,6 +470,33 @@ def weight_count(model: onnx.ModelProto) -> int:
         if tensor.data_type not in kinds:
             total += int(np.prod(tensor.dims, dtype=np.int64))
     return total
+
+
+def takes_sparse(model: onnx.ModelProto) -> bool:
+    """Return whether a model may hold sparse initialisers by the IR version that it declares."""
+    return bool(model.ir_version >= SPARSE_SINCE)
+
+
+def sparse_bytes(count: int, size: int) -> int:
+    """Return the most bytes that ``count`` values of a float32 tensor of ``size`` elements take with their indices.
+
+    A value takes 4 bytes and its index, a varint, one for each 7 bits of the largest index.
+    """
+    index_bytes = max(-(-(size - 1).bit_length() // 7), 1)
+    return count * (4 + index_bytes)
+
+
+def sparse_tensor(
+    places: NDArray[np.int64], values: NDArray[np.float32], shape: Sequence[int]
+) -> onnx.SparseTensorProto:
+    """Return a sparse tensor without a name.
+
+    ``places`` (count,) are ascending positions in the flattened tensor. They go into the field for integers, where
+    small numbers take few bytes: 7 or 8 a stored value instead of the 12 of raw data.
+    """
+    stored = TensorProto(data_type=TensorProto.FLOAT, dims=[len(values)], float_data=values.tolist())
+    indices = TensorProto(data_type=TensorProto.INT64, dims=[len(places)], int64_data=places.tolist())
+    return onnx.SparseTensorProto(values=stored, indices=indices, dims=shape)
 
 
 def array_tensor(values: NDArray[np.generic], name: str) -> TensorProto:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from onnx_lrs.graph.forms import Site, build, feature_axis
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
-from onnx_lrs.graph.model import View, is_standard
+from onnx_lrs.graph.model import View, is_standard, takes_sparse
 from onnx_lrs.graph.splice import Edit, Names, splice
-from onnx_lrs.solvers.problem import AnyFactors, Factors, SpatialFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors
 
 ELEMENTWISE = {
     *("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "Softplus"),
@@ -49,10 +49,15 @@ def rewrite(
         The model with exact rewrites already done.
     layers : sequence of Layer
         All layers found, also those left dense (a dense producer can lose filters).
-    factors : mapping of node to Factors or SpatialFactors
+    factors : mapping of node to Factors, SpatialFactors or ElementFactors
         What replaces a layer; a layer that is missing stays as it is.
     ranks : mapping of tensor name to int
         Number of dimensions of each layer's input.
+
+    Raises
+    ------
+    ValueError
+        If factors have rank 0 and neither channels nor elements.
     """
     alive, reshaped = alive_outputs(view, layers, {n: f.kept for n, f in factors.items() if _reads_only_kept(f)})
     nodes: dict[str, list[gs.Node]] = {}
@@ -62,10 +67,11 @@ def rewrite(
         if given is None and layer.node not in alive:
             continue
         used = given if given is not None else _as_dense(view, layer)
+        _refuse_empty(layer, used)
         rows = alive.get(layer.node)
         source = _source_rows(view, layer, alive)
         site = _site(view, names, layer, used, (rows, source), feature_axis(layer, ranks))
-        nodes[layer.node] = build(site, used if rows is None else _take_rows(used, rows))
+        nodes[layer.node] = build(site, used if rows is None else take_rows(used, rows))
         if layer.bias_add is not None and site.bias is not None:
             nodes[layer.bias_add] = [_new_add(view, layer, names, site.bias)]
     return Rewritten(splice(view.model, Edit(nodes=nodes, reshaped=frozenset(reshaped))), alive)
@@ -89,7 +95,14 @@ def _site(
         available = np.arange(layer.channels) if source is None else source
         index = np.searchsorted(available, factors.kept)
         index = None if len(index) == len(available) else index
-    return Site(layer, names, view.opset, bias, passed, index, axis)
+    return Site(layer, names, view.opset, bias, passed, index, axis, takes_sparse(view.model))
+
+
+def _refuse_empty(layer: Layer, factors: AnyFactors) -> None:
+    if factors.rank or isinstance(factors, SpatialFactors):
+        return
+    if not (factors.sparse.nnz if isinstance(factors, ElementFactors) else len(factors.kept)):
+        raise ValueError(f"layer {layer.name!r}: factors of rank 0 without channels or elements")
 
 
 def _new_bias(view: View, layer: Layer, factors: AnyFactors) -> NDArray[np.float64] | None:
@@ -125,7 +138,8 @@ def _as_dense(view: View, layer: Layer) -> Factors:
     return Factors(*empty, everything, weight_matrix(view, layer), np.zeros(layer.out), layer.taps)
 
 
-def _take_rows(factors: AnyFactors, rows: Indices) -> AnyFactors:
+def take_rows(factors: AnyFactors, rows: Indices) -> AnyFactors:
+    """Return the factors of some of the layer's outputs."""
     shift = factors.bias_shift[rows]
     if isinstance(factors, SpatialFactors):
         return dataclasses.replace(factors, left=factors.left[rows], bias_shift=shift)

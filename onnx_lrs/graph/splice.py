@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_lrs.graph.model import INITIALISERS_NO_INPUTS, array_tensor, is_standard
 
 CONSTANT_OPS = ("Constant", "Identity", "Transpose")
+Created = NDArray[Any] | onnx.SparseTensorProto
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,16 @@ class Edit:
 
     nodes: Mapping[str, Sequence[gs.Node]] = dataclasses.field(default_factory=dict)
     reshaped: frozenset[str] = frozenset()
+
+
+class SparseConstant(gs.Variable):  # type: ignore[misc]
+    """A new sparse initialiser as an operand of new nodes; onnx-graphsurgeon reads such constants but makes none."""
+
+    def __init__(self, name: str, stored: onnx.SparseTensorProto) -> None:
+        super().__init__(name, dtype=np.float32, shape=tuple(stored.dims))
+        self.stored = onnx.SparseTensorProto()
+        self.stored.CopyFrom(stored)
+        self.stored.values.name = name
 
 
 class Names:
@@ -65,7 +77,7 @@ def _subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
 def splice(model: onnx.ModelProto, edit: Edit) -> onnx.ModelProto:
     """Return a copy of the model with the edit applied and what became unused by it removed."""
     nodes: list[onnx.NodeProto] = []
-    created: dict[str, NDArray[Any]] = {}
+    created: dict[str, Created] = {}
     for node in model.graph.node:
         key = node.output[0] if node.output else ""
         if key not in edit.nodes:
@@ -74,6 +86,7 @@ def splice(model: onnx.ModelProto, edit: Edit) -> onnx.ModelProto:
         for made in edit.nodes[key]:
             nodes.append(OnnxExporter.export_node(made))
             created |= {t.name: t.values for t in made.inputs if isinstance(t, gs.Constant)}
+            created |= {t.name: t.stored for t in made.inputs if isinstance(t, SparseConstant)}
     needed_before = _needed(model.graph, model.graph.node)
     nodes = _without_dead_constants(model.graph, nodes, needed_before)
     return _rebuilt(model, nodes, created, needed_before, edit.reshaped)
@@ -110,7 +123,7 @@ def _newly_dead(node: onnx.NodeProto, needed: set[str], needed_before: set[str])
 def _rebuilt(
     model: onnx.ModelProto,
     nodes: Sequence[onnx.NodeProto],
-    created: Mapping[str, NDArray[Any]],
+    created: Mapping[str, Created],
     needed_before: set[str],
     reshaped: frozenset[str],
 ) -> onnx.ModelProto:
@@ -123,11 +136,13 @@ def _rebuilt(
     new.graph.CopyFrom(_shell(old, {"node", "initializer", "value_info", "input"}))
     new.graph.node.extend(nodes)
     new.graph.initializer.extend(t for t in old.initializer if t.name not in gone)
-    new.graph.initializer.extend(array_tensor(values, name) for name, values in created.items())
+    dense = {name: values for name, values in created.items() if isinstance(values, np.ndarray)}
+    new.graph.initializer.extend(array_tensor(values, name) for name, values in dense.items())
+    new.graph.sparse_initializer.extend(v for v in created.values() if isinstance(v, onnx.SparseTensorProto))
     new.graph.value_info.extend(v for v in old.value_info if v.name not in untrue)
     new.graph.input.extend(v for v in old.input if v.name not in gone)
     if model.ir_version < INITIALISERS_NO_INPUTS:
-        new.graph.input.extend(_as_input(name, values) for name, values in created.items())
+        new.graph.input.extend(_as_input(name, values) for name, values in dense.items())
     return new
 
 

@@ -276,11 +276,13 @@ def _weight(op: str, shape: tuple[int, ...]) -> Text:
 
 
 def _form(layer: LayerResult) -> Text:
-    """Return the form with its figures: ``low-rank 64 + channels 120/512``."""
+    """Return the form with its figures: ``low-rank 64 + channels 120/512``, ``elements 9.30 %`` of the weight."""
+    weights = layer.params_before * layer.kept_outputs / max(layer.outputs, 1)
     figures = {
         "low-rank": f" {layer.rank}",
         "spatial": f" {layer.rank}",
         "channels": f" {layer.kept_channels}/{layer.channels}",
+        "elements": f" {_percent(layer.elements / weights if weights else None)}",
         "dense": "",
     }
     form = " + ".join(part + figures.get(part, "") for part in layer.form.split(" + "))

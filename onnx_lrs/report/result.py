@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-Form = Literal["dense", "low-rank", "channels", "low-rank + channels", "spatial"]
+Form = Literal["dense", "low-rank", "channels", "low-rank + channels", "spatial", "elements", "low-rank + elements"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,9 @@ class LayerResult:
 
     ``shape`` is the weight's shape in the file, ``error`` the relative error of the layer's output
     ``||y - y'|| / ||y - mean(y)||`` on held-out columns (None without data, 0.0 for a dense layer). ``rank`` is 0
-    without a low-rank branch, ``kept_channels`` 0 without a sparse one, ``channels`` the input channels of the layer
-    and ``kept_outputs`` the filters left when every reader has dropped the others.
+    without a low-rank part, ``kept_channels`` 0 without a branch on kept channels, ``elements`` 0 without single
+    entries, ``channels`` the input channels of the layer and ``kept_outputs`` the filters left when every reader has
+    dropped the others.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LayerResult:
     form: Form
     rank: int
     kept_channels: int
+    elements: int
     channels: int
     outputs: int
     kept_outputs: int

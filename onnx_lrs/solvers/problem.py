@@ -287,7 +287,7 @@ class ElementFactors:
         return np.asarray(self.left @ self.right + self.sparse.toarray(), np.float64)
 
 
-AnyFactors = Factors | SpatialFactors
+AnyFactors = Factors | SpatialFactors | ElementFactors
 
 
 @dataclasses.dataclass(frozen=True)
