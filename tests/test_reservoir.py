@@ -1,6 +1,7 @@
 """Sampled columns: uniform, the same whatever surrounds them, in the weight's order, and within the memory limit."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from onnx_lrs import Budget, Config, compress, pipeline
 from onnx_lrs.calibration.capture import (
     MOST_KEPT,
     Capture,
@@ -23,7 +25,10 @@ from onnx_lrs.calibration.reservoir import Reservoir, lots
 from onnx_lrs.data import open_samples
 from onnx_lrs.graph.layers import Geometry, Layer, bias_row, find, weight_matrix
 from onnx_lrs.graph.model import View, signature
+from onnx_lrs.graph.rewrite import rewrite
+from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, activation_error
 from onnx_lrs.progress import Silent
+from onnx_lrs.solvers.problem import Columns, Factors, Problem
 from tests import small_nets as nets
 from tests.builders import run
 
@@ -351,3 +356,89 @@ def test_a_small_memory_keeps_a_prefix():
     assert 0 < len(cut.items) < len(full.items) == 4 * 216
     np.testing.assert_array_equal(cut.items, full.items[: len(cut.items)])
     np.testing.assert_allclose(rows(cut), rows(full)[: len(cut.items)], atol=1e-5)
+
+
+# ---------------------------------------------------------------- problems and errors
+
+
+def bench_of(net, method="hsvd"):
+    return Bench(View(net.model), method, 1, GIB, 1, with_columns=True)
+
+
+def test_a_problem_gets_bias_activation_and_columns():
+    net = NETS["conv"]
+    items = np.arange(48)
+    statistics = capture(net, {FIT: items[:30], SELECT: items[30:40]})
+    for layer in net.layers:
+        _, problem = bench_of(net)._problem(layer, statistics[layer.node])
+        own = statistics[layer.node]
+        assert problem.activation == "relu"
+        np.testing.assert_array_equal(problem.bias, bias_row(View(net.model), layer))
+        assert problem.columns is own[FIT].columns
+        assert problem.checks is own[SELECT].columns
+        assert set(own[FIT].items) <= set(items[:30])
+        assert set(own[SELECT].items) <= set(items[30:40])
+    assert bench_of(net)._problem(net.layers[0], {})[1].columns is None
+    query = bench_of(NETS["block"])._problem(NETS["block"].layers[0], {})[1]
+    assert (query.bias, query.activation) == (None, "linear")
+
+
+@pytest.mark.parametrize(("name", "behind"), [("fc1", "r3"), ("conv2", "r2")])
+def test_the_error_behind_the_activation_is_that_of_the_compressed_network(name, behind):
+    """All held-out columns are in the reservoir of the last layer, a sample of them in that of the convolution."""
+    net = NETS["conv"]
+    view = View(net.model)
+    (layer,) = [la for la in net.layers if la.name == name]
+    roles = {FIT: np.arange(30), JUDGE: np.arange(30, 48)}
+    own = capture(net, roles)[layer.node]
+    bench = bench_of(net)
+    candidates = bench.curve(layer, own)
+    fitted = bench.fit(layer, candidates[len(candidates) // 3], own)
+    small = rewrite(view, net.layers, {layer.node: fitted.factors}, {la.input: 4 for la in net.layers}).model
+    values = []
+    for model in (net.model, small):
+        seen = type(model)()
+        seen.CopyFrom(model)
+        seen.graph.output.append(helper.make_tensor_value_info(behind, TensorProto.FLOAT, None))
+        values.append(run(seen, {"image": net.data["image"][30:]})[-1])
+    expected = np.linalg.norm(values[1] - values[0]) / np.linalg.norm(values[0])
+    assert expected > 1e-3
+    assert fitted.activation_error == pytest.approx(expected, rel=0.15 if name == "conv2" else 1e-3)
+
+
+def test_without_columns_nothing_is_known_behind_the_activation():
+    net = NETS["conv"]
+    roles = {FIT: np.arange(30), JUDGE: np.arange(30, 48)}
+    layer = net.layers[-1]
+    own = capture(net, roles, with_columns=False)[layer.node]
+    candidate = bench_of(net).curve(layer, own)[0]
+    fitted = bench_of(net).fit(layer, candidate, own)
+    assert fitted.error is not None
+    assert fitted.activation_error is None
+
+
+def test_the_error_behind_an_activation_in_figures():
+    """y = x - 1 becomes y' = 0 x - 1 + 2: through ReLU (0, 1, 2) becomes (1, 1, 1)."""
+    problem = Problem(np.ones((1, 1)), bias=np.array([-1.0]), activation="relu")
+    nothing = np.zeros((1, 0)), np.zeros((0, 1)), np.zeros(0, np.int64), np.zeros((1, 0))
+    factors = Factors(*nothing, bias_shift=np.array([2.0]), taps=1)
+    columns = Columns(np.array([[0], [2], [3]], np.float32))
+    assert activation_error(problem, factors, columns) == pytest.approx(math.sqrt(2 / 5))
+    linear = dataclasses.replace(problem, activation="linear")
+    assert activation_error(linear, factors, columns) == pytest.approx(math.sqrt(5 / 6))
+    dead = Columns(np.zeros((5, 1), np.float32))
+    assert activation_error(problem, factors, dead) == 0.0
+
+
+def test_a_run_with_columns_gives_the_same_to_a_method_that_ignores_them(monkeypatch):
+    net = NETS["conv"]
+    wanted = Config(threads=1, budget=Budget(params=0.5))
+    plain = compress(net.model, data=net.data, config=wanted)
+    monkeypatch.setattr(pipeline, "NEEDS_COLUMNS", frozenset({wanted.method}))
+    asked = []
+    statistics = Capture.statistics
+    monkeypatch.setattr(Capture, "statistics", lambda *given: asked.append(given[-1]) or statistics(*given))
+    other = compress(net.model, data=net.data, config=wanted)
+    assert asked
+    assert all(flag is True for flag in asked)
+    assert other.model.SerializeToString(deterministic=True) == plain.model.SerializeToString(deterministic=True)

@@ -25,6 +25,7 @@ from onnx_lrs.solvers.moments import Moments
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 Activation = Literal["linear", "relu"]
+NEEDS_COLUMNS: frozenset[str] = frozenset()  # methods that fit on sampled columns besides the moments
 LARGEST = 0.95  # of the dense layer: a candidate that saves less is not worth a second branch
 
 
