@@ -228,7 +228,8 @@ def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
 def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> dict[str, Fitted]:
     """Two passes over the data: error curves of all layers and the plan, then the chosen layers on more samples."""
     config, split = job.config, material.split
-    bench = Bench(subject.view, config.method, config.multiple, config.memory_bytes, config.threads)
+    with_columns = METHODS[config.method].needs_columns
+    bench = Bench(subject.view, config.method, config.multiple, config.memory_bytes, config.threads, with_columns)
     setting = Setting(
         config.memory_bytes, config.columns, subject.batch, config.threads, config.seed, subject.dynamic_batch
     )
@@ -238,7 +239,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
             capture = Capture(subject.folded, subject.layers, material.samples, setting)
             stack.callback(capture.close)
         roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
-        with clock.stage("plan", _step_count(subject.layers, roles, material, setting)):
+        with clock.stage("plan", _step_count(subject.layers, roles, material, setting, with_columns)):
             curves, probes = error_curves(subject, bench, capture, roles, job.progress)
         if probes and material.samples is not None and split is not None:
             with clock.stage("sensitivity", len(probes)):
@@ -248,12 +249,16 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
         plan = make_plan(subject, curves, config.budget)
         chosen = tuple(layer for layer in subject.layers if layer.node in plan.chosen)
         roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
-        with clock.stage("fit", _step_count(chosen, roles, material, setting)):
+        with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
             return _fit(chosen, plan, bench, capture, roles, job.progress)
 
 
-def _step_count(layers: tuple[Layer, ...], roles: Roles, material: Material, setting: Setting) -> int:
-    passes = len(groups(layers, len(roles), setting.memory_bytes)) if material.samples is not None else 0
+def _step_count(
+    layers: tuple[Layer, ...], roles: Roles, material: Material, setting: Setting, with_columns: bool
+) -> int:
+    passes = 0
+    if material.samples is not None:
+        passes = len(groups(layers, len(roles), setting.memory_bytes, with_columns))
     return len(layers) + passes * sum(steps(items, setting) for items in roles.values())
 
 
@@ -261,10 +266,10 @@ def _fit(
     layers: tuple[Layer, ...], plan: Plan, bench: Bench, capture: Capture | None, roles: Roles, progress: Progress
 ) -> dict[str, Fitted]:
     fitted: dict[str, Fitted] = {}
-    for group in groups(layers, len(roles), bench.memory_bytes):
-        moments = capture.moments(group, roles, progress) if capture else {}
+    for group in groups(layers, len(roles), bench.memory_bytes, bench.with_columns):
+        statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
         for layer in group:
-            fitted[layer.node] = bench.fit(layer, plan.chosen[layer.node], moments.pop(layer.node, {}))
+            fitted[layer.node] = bench.fit(layer, plan.chosen[layer.node], statistics.pop(layer.node, {}))
             progress.step(layer.name)
     return fitted
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from onnx_lrs.calibration.columns import _strata, channel_major, columns
+from onnx_lrs.calibration.columns import _strata, channel_major, columns, is_by_sample
 from onnx_lrs.graph.layers import Geometry, Layer
 
 ALL = np.zeros((1, 10**4))  # more strata than any map below has positions
@@ -257,6 +257,37 @@ def test_rows_of_a_matrix_product_are_sampled_without_repetition():
     assert found.shape == (21, 4)
     assert len(as_set(found)) == 21
     assert as_set(found) <= as_set(x.reshape(-1, 4))
+
+
+FOLDED = {  # layer, and an input of 3 samples cut into 2 parts each or not
+    "images": (conv_layer(numbers(2, 3, 3, 3), pads=[1] * 4), numbers(3, 3, 6, 6)),
+    "windows": (conv_layer(numbers(2, 3, 3, 3), pads=[1] * 4), numbers(6, 3, 6, 6)),
+    "more windows than numbers": (conv_layer(numbers(2, 3, 3, 3), pads=[1] * 4), numbers(30, 3, 6, 6)),
+    "rows": (make_layer("Gemm", (4, 5), 5, 4, 1), numbers(60, 4)),
+    "rows of a transpose": (make_layer("Gemm", (4, 5), 5, 4, 1, trans_a=True), numbers(4, 60)),
+    "tokens": (make_layer("MatMul", (4, 5), 5, 4, 1), numbers(3, 50, 4)),
+    "weight on the left": (make_layer("MatMul", (5, 4), 5, 4, 1, weight_left=True), numbers(3, 4, 50)),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_the_columns_of_a_sample_do_not_depend_on_its_neighbours(case):
+    layer, x = FOLDED[case]
+    uniform = np.random.default_rng(0).random((3, 7))
+    together = columns(layer, x, uniform)
+    parts = np.split(x, 3, axis=1 if case == "rows of a transpose" else 0)
+    alone = [columns(layer, part, row[None]) for part, row in zip(parts, uniform, strict=True)]
+    assert is_by_sample(layer, x, 3)
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+def test_a_first_axis_that_the_samples_do_not_divide_says_so():
+    conv = conv_layer(numbers(2, 3, 3, 3))
+    dense = make_layer("MatMul", (4, 5), 5, 4, 1)
+    assert not is_by_sample(conv, numbers(40, 3, 5, 5), 3)
+    assert not is_by_sample(dense, numbers(50, 3, 4), 3)  # time first
+    assert not is_by_sample(dense, numbers(4), 3)
+    assert is_by_sample(dense, numbers(4), 1)
 
 
 @pytest.mark.parametrize("folded", [6, 12, 40])

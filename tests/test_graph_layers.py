@@ -371,6 +371,103 @@ def test_a_weight_that_is_not_finite_names_tensor_and_layer(value):
     assert reason(model, exclude=["layer"]) == "excluded by the user"
 
 
+# ---------------------------------------------------------------- what follows
+
+
+RELU = node("Relu", ["y"], ["z"])
+READERS = {  # what reads the layer's output y, the graph outputs, and what the layer is followed by
+    "relu": ([RELU], ("z",), "relu"),
+    "relu of the standard domain by name": ([node("Relu", ["y"], ["z"], domain="ai.onnx")], ("z",), "relu"),
+    "two relus": ([RELU, node("Relu", ["y"], ["z2"])], ("z", "z2"), "relu"),
+    "a relu and another": ([RELU, node("Neg", ["y"], ["z2"])], ("z", "z2"), "linear"),
+    "an addition behind the relu": ([RELU, node("Add", ["z", "z"], ["s"])], ("s",), "relu"),
+    "nothing": ([], ("y",), "linear"),
+    "a relu and the caller": ([RELU], ("z", "y"), "linear"),
+    "another function": ([node("Sigmoid", ["y"], ["z"])], ("z",), "linear"),
+    "leaky": ([node("LeakyRelu", ["y"], ["z"])], ("z",), "linear"),
+    "identity, then relu": ([node("Identity", ["y"], ["i"]), node("Relu", ["i"], ["z"])], ("z",), "linear"),
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_the_activation_is_what_every_reader_applies_first(case):
+    nodes, outputs, expected = READERS[case]
+    (layer,), _ = search(build([matmul(), *nodes], outputs=outputs))
+    assert layer.activation == expected
+
+
+def test_a_relu_of_another_domain_may_be_anything():
+    foreign = node("Relu", ["y"], ["z"], domain="com.other")
+    opaque = make([matmul(), foreign], {"x": (2, IN)}, {"z": (2, OUT)}, {"w": W})
+    assert search(opaque)[0][0].activation == "linear"
+
+
+def pool(source, *outputs, **attrs):
+    return node("MaxPool", [source], outputs, **({"kernel_shape": [2, 2]} | attrs))
+
+
+POOLS = {
+    "pool, relu": ([pool("y", "p"), node("Relu", ["p"], ["z"])], ("z",), "relu"),
+    "pool, pool, relu": ([pool("y", "p"), pool("p", "q"), node("Relu", ["q"], ["z"])], ("z",), "relu"),
+    "pool and relu": ([RELU, pool("y", "p"), node("Relu", ["p"], ["z2"])], ("z", "z2"), "relu"),
+    "pool": ([pool("y", "p")], ("p",), "linear"),
+    "pool, relu and another": (
+        [pool("y", "p"), node("Relu", ["p"], ["z"]), node("Neg", ["p"], ["n"])],
+        ("z", "n"),
+        "linear",
+    ),
+    "pool, relu, and the pool is an output": ([pool("y", "p"), node("Relu", ["p"], ["z"])], ("z", "p"), "linear"),
+    "pool with the places of its maxima": ([pool("y", "p", "at"), node("Relu", ["p"], ["z"])], ("z",), "linear"),
+    "another pool": (
+        [node("AveragePool", ["y"], ["p"], kernel_shape=[2, 2]), node("Relu", ["p"], ["z"])],
+        ("z",),
+        "linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", POOLS)
+def test_a_maximum_over_positions_commutes_with_relu(case):
+    nodes, outputs, expected = POOLS[case]
+    nodes = [node("Conv", ["x", "k", "b"], ["y"], name="layer"), *nodes]
+    constants = {"k": normal(OUT, 5, 3, 3), "b": normal(OUT)}
+    model = build(nodes, {"x": (1, 5, 9, 9)}, constants, outputs=outputs)
+    (layer,), _ = search(model)
+    assert layer.activation == expected
+    if expected == "relu":  # so nobody notices that the layer gives its ReLU already
+        nodes[0] = node("Conv", ["x", "k", "b"], ["before"])
+        early = build([nodes[0], node("Relu", ["before"], ["y"]), *nodes[1:]], {"x": (1, 5, 9, 9)}, constants, outputs)
+        for value, other in zip(run(model), run(early), strict=True):
+            np.testing.assert_array_equal(value, other)
+
+
+def test_the_activation_stands_behind_the_bias_of_a_product():
+    added = [matmul(output="m"), node("Add", ["b", "m"], ["y"])]
+    constants = {"w": W, "b": normal(1, OUT)}
+    (layer,), _ = search(build([*added, RELU], constants=constants, outputs=("z",)))
+    assert (layer.output, layer.activation) == ("y", "relu")
+    (layer,), _ = search(build(added, constants=constants))
+    assert layer.activation == "linear"
+    (layer,), _ = search(build([*added, node("Relu", ["m"], ["z"])], constants=constants, outputs=("y", "z")))
+    assert (layer.output, layer.activation) == ("m", "linear")
+
+
+@pytest.mark.parametrize(("c", "expected"), [((OUT,), "relu"), ((2, OUT), "linear"), (None, "relu")])
+def test_a_gemm_with_more_than_a_bias_is_not_cut_off_where_w_x_plus_b_is(c, expected):
+    constants = {"w": W} | ({"c": normal(*c)} if c else {})
+    gemm = node("Gemm", ["x", *constants], ["y"], name="layer")
+    (layer,), _ = search(build([gemm, RELU], constants=constants, outputs=("z",)))
+    assert layer.activation == expected
+
+
+def test_an_output_that_a_subgraph_reads_is_seen_as_it_is():
+    inside = branch([node("ReduceSum", ["m"], ["s"], keepdims=0), node("Identity", ["s"], ["z"])], "z")
+    nodes = [matmul(output="m"), node("Relu", ["m"], ["a"])]
+    nodes += [node("If", ["yes"], ["i"], then_branch=inside, else_branch=inside), node("Add", ["a", "i"], ["y"])]
+    (layer,), _ = search(build(nodes, constants={"w": W, "yes": np.array(True)}))
+    assert layer.activation == "linear"
+
+
 # ---------------------------------------------------------------- cost, and what it takes to look
 
 

@@ -32,12 +32,27 @@ def columns(layer: Layer, values: NDArray[np.generic], uniform: NDArray[np.float
         position comes twice and the map is covered evenly. A smaller map gives all of its positions.
     """
     if layer.op == "Conv":
-        return _conv_columns(layer.geometry, values, uniform)
+        return _conv_columns(layer.geometry, values, _per_image(uniform, len(values)))
     rows = _feature_rows(layer, values)
-    limit = uniform.size
-    if len(rows) <= limit:
-        return np.ascontiguousarray(rows, np.float32)
-    return np.ascontiguousarray(rows[_strata(uniform.reshape(1, -1), len(rows))[0]], np.float32)
+    samples = len(uniform) if is_by_sample(layer, values, len(uniform)) else 1
+    uniform, each = uniform.reshape(samples, -1), len(rows) // samples
+    if each > uniform.shape[1]:
+        rows = rows[(_strata(uniform, each) + each * np.arange(samples)[:, None]).ravel()]
+    return np.ascontiguousarray(rows, np.float32)
+
+
+def is_by_sample(layer: Layer, values: NDArray[np.generic], samples: int) -> bool:
+    """Return whether :func:`columns` gives one sample after the other, equally many columns of each.
+
+    So it is if the first axis of ``values`` (of their transpose, where that is read) counts the samples or equal parts
+    of them, as windows cut out of each. A first axis that is a multiple of ``samples`` is taken for such a one.
+    """
+    if layer.op == "Conv":
+        return len(values) % samples == 0
+    if values.ndim < 2:
+        return samples == 1
+    across = layer.geometry.trans_a or layer.geometry.weight_left
+    return int(values.shape[1 if across and values.ndim == 2 else 0]) % samples == 0
 
 
 def channel_major(layer: Layer) -> NDArray[np.int64]:
@@ -64,11 +79,24 @@ def _strata(uniform: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return np.sort((inside + turn) % count, axis=1)
 
 
+def _per_image(uniform: NDArray[np.float64], images: int) -> NDArray[np.float64]:
+    """Share the numbers out where the graph folds something into the batch axis (windows, frames).
+
+    The images of a sample share the numbers of that sample; where images belong to no one sample, they share all.
+    """
+    samples, count = uniform.shape
+    if images == samples:
+        return uniform
+    if images % samples:
+        return np.resize(uniform, (images, max(uniform.size // images, 1)))
+    fold = images // samples
+    each = max(count // fold, 1)
+    return uniform[:, np.arange(fold * each) % count].reshape(images, each)
+
+
 def _conv_columns(geometry: Geometry, values: NDArray[np.generic], uniform: NDArray[np.float64]) -> Floats:
     padded, output = _padded(geometry, np.asarray(values, np.float32))
     batch, count = len(values), math.prod(output)
-    if batch != len(uniform):  # the graph folds something into the batch axis (windows, frames)
-        uniform = np.resize(uniform, (batch, max(uniform.size // batch, 1)))
     everywhere = count <= uniform.shape[1]
     flat = np.broadcast_to(np.arange(count), (batch, count)) if everywhere else _strata(uniform, count)
     sample = np.repeat(np.arange(batch), flat.shape[1])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs.errors import ModelError
 from onnx_lrs.graph.model import View, is_standard
+from onnx_lrs.solvers.problem import Activation
 
 SMALLEST = 1024  # weights; below that the extra node costs more than any factorisation saves
 WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
@@ -55,7 +56,8 @@ class Layer:
 
     ``node`` is the name of the node's first output, which identifies it in the graph. ``output`` is where the layer's
     result with its bias appears (behind a following Add for a MatMul). ``bias`` is None if there is none, or if it is
-    not a constant row; ``affine`` says whether the rewriting can add a bias without a new node.
+    not a constant row; ``affine`` says whether the rewriting can add a bias without a new node. ``activation`` is what
+    every reader of ``output`` applies to it first: "relu", or "linear" for all else (see :func:`_activation`).
     """
 
     name: str
@@ -71,6 +73,7 @@ class Layer:
     bias_add: str | None
     affine: bool
     geometry: Geometry
+    activation: Activation = "linear"
 
     @property
     def d(self) -> int:
@@ -186,9 +189,11 @@ def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str]) -> La
     if reason:
         return reason
     layer = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}[node.op](view, node, name, values)
-    if isinstance(layer, Layer) and layer.params < SMALLEST:
+    if isinstance(layer, str):
+        return layer
+    if layer.params < SMALLEST:
         return f"tiny: {layer.params} weights, below {SMALLEST} nothing is gained"
-    return layer
+    return dataclasses.replace(layer, activation=_activation(view, layer))
 
 
 def _weight_side(view: View, node: gs.Node) -> int | str:
@@ -326,6 +331,28 @@ def _following_add(view: View, node: gs.Node, out: int) -> tuple[str, str] | Non
     if len(others) != 1 or not view.is_constant(others[0]) or not _is_row(view.constant(others[0]), out):
         return None
     return others[0], reader.outputs[0].name
+
+
+def _activation(view: View, layer: Layer) -> Activation:
+    """Return "relu" if nobody sees the layer's output but through a ReLU, else "linear".
+
+    A MaxPool between the two changes nothing, since the maximum and ReLU commute; its second output, the places of the
+    maxima, does not survive the exchange. A Gemm with a C that is no constant row counts as linear: what its ReLU cuts
+    off is not ``W x + b``.
+    """
+    if layer.op == "Gemm" and layer.bias is None and not layer.affine:
+        return "linear"
+    waiting = [layer.output]
+    while waiting:
+        tensor = waiting.pop()
+        readers = view.readers(tensor)
+        if not readers or tensor in view.outputs or tensor in view.captured:
+            return "linear"
+        others = [node for node in readers if node.op != "Relu" or not is_standard(node.domain)]
+        if not all(node.op == "MaxPool" and is_standard(node.domain) and len(node.outputs) == 1 for node in others):
+            return "linear"
+        waiting += [node.outputs[0].name for node in others]
+    return "relu"
 
 
 def _bias(view: View, node: gs.Node, out: int) -> tuple[str | None, bool]:

@@ -1,4 +1,4 @@
-"""From a layer and its moments to a solver's problem, its error curve, and back to factors of the layer."""
+"""From a layer and its statistics to a solver's problem, its error curve, and back to factors of the layer."""
 
 from __future__ import annotations
 
@@ -8,64 +8,76 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import is_wide
-from onnx_lrs.graph.layers import Layer, weight_matrix
+from onnx_lrs.calibration.capture import Statistic, is_wide
+from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.solvers import Candidate, Moments, Problem, curve, fit
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.closed_form import DATA_FREE, ROUNDS
-from onnx_lrs.solvers.problem import AnyFactors, Factors, Settings, judged
+from onnx_lrs.solvers.problem import AnyFactors, Columns, Factors, Settings, judged
 
 KEEPS_CHANNELS = ("channels", "magnitude")  # methods without a low-rank part
-BLOCK = 4096  # columns of W taken to float64 at a time
+BLOCK = 4096  # columns of W taken to float64 at a time, or sampled columns multiplied at a time
 FIT, SELECT, JUDGE = "fit", "select", "judge"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The factors of one layer and their relative error on held-out columns (None without data)."""
+    """The factors of one layer and their relative error on held-out columns (None without data).
+
+    ``activation_error`` is ||phi(y) - phi(y')||_F / ||phi(y)||_F on the held-out columns that were sampled, phi being
+    what follows the layer; None if none were. Unlike ``error`` it counts the mean of y on both sides.
+    """
 
     factors: AnyFactors
     error: float | None
+    activation_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Turns layers into problems: the model they come from and the settings that matter."""
+    """Turns layers into problems: the model they come from and the settings that matter.
+
+    ``with_columns`` says whether the method needs sampled columns besides the moments.
+    """
 
     view: View
     method: str
     multiple: int
     memory_bytes: int
     threads: int
+    with_columns: bool = False
 
-    def curve(self, layer: Layer, moments: Mapping[str, Moments]) -> list[Candidate]:
+    def curve(self, layer: Layer, statistics: Mapping[str, Statistic]) -> list[Candidate]:
         """Return the layer's undominated candidates, losses on the SELECT moments (weights only if there are none)."""
-        method, problem = self._problem(layer, moments)
+        method, problem = self._problem(layer, statistics)
         with threads_for(problem.d, self.threads):
             return curve(problem, method, self.multiple) if method else []
 
-    def fit(self, layer: Layer, chosen: Candidate, moments: Mapping[str, Moments], rounds: int = ROUNDS) -> Fitted:
-        """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE moments.
+    def fit(self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic], rounds: int = ROUNDS) -> Fitted:
+        """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE statistics.
 
         ``rounds`` bounds how often the support is chosen again.
         """
-        method, problem = self._problem(layer, moments)
+        method, problem = self._problem(layer, statistics)
         assert method is not None  # a layer without a method has no candidates to choose
         with threads_for(problem.d, self.threads):
             factors = fit(problem, chosen, method, Settings(steps=rounds)).factors
         assert factors is not None
-        judge = moments.get(JUDGE)
-        comparable = self._in_outputs(layer) or not is_wide(layer, self.memory_bytes)
-        error = judged(problem.weight, factors, judge, layer.affine) if judge is not None and comparable else None
-        return Fitted(self._widened(layer, factors) if self._in_outputs(layer) else factors, error)
+        error = behind = None
+        judge = statistics.get(JUDGE)
+        if judge is not None and (self._in_outputs(layer) or not is_wide(layer, self.memory_bytes)):
+            error = judged(problem.weight, factors, judge.moments, layer.affine)
+        if judge is not None and judge.columns is not None:
+            behind = activation_error(problem, factors, judge.columns)
+        return Fitted(self._widened(layer, factors) if self._in_outputs(layer) else factors, error, behind)
 
     def _in_outputs(self, layer: Layer) -> bool:
         """Return whether the layer is solved in the space of its outputs: ``W x ~ U U^T (W x)``."""
         return is_wide(layer, self.memory_bytes) and self.method not in KEEPS_CHANNELS
 
-    def _problem(self, layer: Layer, moments: Mapping[str, Moments]) -> tuple[str | None, Problem]:
-        fit_on, select_on = moments.get(FIT), moments.get(SELECT)
+    def _problem(self, layer: Layer, statistics: Mapping[str, Statistic]) -> tuple[str | None, Problem]:
+        fit_on, select_on = (s.moments if s else None for s in map(statistics.get, (FIT, SELECT)))
         if self._in_outputs(layer):
             if fit_on is None or self.method in DATA_FREE:
                 fit_on = Moments(1, np.zeros(layer.out), self._weight_gram(layer))
@@ -75,7 +87,19 @@ class Bench:
             return (None if self.method == "channels" else self.method), Problem(weight, layer.taps)
         square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
         kernel = (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square else None
-        return self.method, Problem(weight, layer.taps, fit_on, select_on, layer.affine, kernel)
+        columns, checks = (s.columns if s else None for s in map(statistics.get, (FIT, SELECT)))
+        return self.method, Problem(
+            weight,
+            layer.taps,
+            fit_on,
+            select_on,
+            layer.affine,
+            kernel,
+            bias=bias_row(self.view, layer),
+            activation=layer.activation,
+            columns=columns,
+            checks=checks,
+        )
 
     def _weight_gram(self, layer: Layer) -> NDArray[np.float64]:
         """Return W W^T, (out, out): the moments of the outputs when nothing is known of the inputs."""
@@ -91,3 +115,22 @@ class Bench:
         assert isinstance(factors, Factors)
         right = factors.right.astype(np.float32) @ weight_matrix(self.view, layer, np.float32)
         return dataclasses.replace(factors, right=right.astype(np.float64), taps=layer.taps)
+
+
+def activation_error(problem: Problem, factors: AnyFactors, columns: Columns) -> float:
+    """Return ||phi(y) - phi(y')||_F / ||phi(y)||_F on sampled columns, phi being what follows the layer; 0 for 0 / 0.
+
+    ``y = W x + b`` and ``y' = E x + b + bias_shift`` in float32, a block of columns at a time.
+    """
+    bias = np.zeros(problem.out) if problem.bias is None else problem.bias
+    exact = problem.weight.T.astype(np.float32), bias.astype(np.float32)
+    near = factors.dense().T.astype(np.float32), (bias + factors.bias_shift).astype(np.float32)
+    lost = total = 0.0
+    for start in range(0, len(columns.inputs), BLOCK):
+        block = columns.inputs[start : start + BLOCK]
+        y, approximation = (block @ matrix + row for matrix, row in (exact, near))
+        if problem.activation == "relu":
+            y, approximation = np.maximum(y, 0), np.maximum(approximation, 0)
+        lost += float(np.square(y - approximation).sum(dtype=np.float64))
+        total += float(np.square(y).sum(dtype=np.float64))
+    return float(np.sqrt(lost / total)) if total > 0 else 0.0

@@ -48,10 +48,10 @@ def error_curves(
     """
     found: dict[str, list[Candidate]] = {}
     probes: dict[str, tuple[float, AnyFactors]] = {}
-    for group in groups(subject.layers, len(roles), bench.memory_bytes):
-        moments = capture.moments(group, roles, progress) if capture else {}
+    for group in groups(subject.layers, len(roles), bench.memory_bytes, bench.with_columns):
+        statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
         for layer in group:
-            own = moments.pop(layer.node, {})
+            own = statistics.pop(layer.node, {})
             found[layer.node] = bench.curve(layer, own)
             probe = probe_of(found[layer.node]) if own else None
             if probe is not None:
