@@ -25,6 +25,7 @@ from onnx_lrs.solvers.problem import (
     Settings,
     Solution,
     columns_of,
+    judged,
     objective,
 )
 from onnx_lrs.solvers.spatial import FORM, fit_spatial, spatial_candidates
@@ -42,9 +43,11 @@ from onnx_lrs.solvers.spectral import (
     splits,
     unexplained,
 )
+from onnx_lrs.solvers.three_block import propose
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
 DATA_FREE = ("svd", "magnitude")  # baselines that see no data; the bias stays as it is
+WORTH = 0.01  # of J: a support from ADMM that gains less is as often worse as better on other samples
 ROUNDS = 2  # of re-choosing the support; the objective falls by less than 1e-4 after the second
 
 
@@ -163,24 +166,50 @@ def form_of(rank: int, kept: int) -> str:
 def refit(problem: Problem, chosen: Candidate, rounds: int = ROUNDS) -> tuple[Factors, tuple[float, ...]]:
     """Solve for a candidate's rank, support and damping, re-choosing the support while J falls (METHODS 4).
 
-    Returns the factors and J (undamped) of the accepted iterates, falling.
+    First by elimination on what the low-rank part leaves, at most ``rounds`` times, then once by three-block ADMM
+    (three_block.py). Returns the factors and J (undamped) of the accepted iterates, falling.
     """
     support, rank = chosen.support, chosen.rank
     reduced = reduce_rows(problem.weight)
     metric = damped(problem, chosen.damping)
     best = _solve_split(problem, reduced, metric, support, rank)
     history = [objective(problem.weight, best.dense(), problem.moments, problem.affine)]
-    for _ in range(rounds if rank and len(support) and metric is not None else 0):
-        basis = best.left if reduced.rotation is None else reduced.rotation.T @ best.left
+    if not rounds or not rank or not len(support) or metric is None:
+        return best, tuple(history)
+    for _ in range(rounds):
+        basis = _rotated_back(reduced, best.left)
         residual = reduced.target - basis @ (basis.T @ reduced.target)
         support = importance(residual, metric, problem.taps)[: len(best.kept)]
-        trial = _solve_split(problem, reduced, metric, support, rank)
-        value = objective(problem.weight, trial.dense(), problem.moments, problem.affine)
-        if value >= history[-1]:
+        if not _improved(problem, best, trial := _solve_split(problem, reduced, metric, support, rank), history):
             break
         best = trial
-        history.append(value)
-    return best, tuple(history)
+    basis = _rotated_back(reduced, best.left)
+    sparse = _rotated_back(reduced, best.dense() - best.left @ best.right)
+    support = propose(reduced.target, metric, problem.taps, (basis, sparse, best.kept)).last.support
+    trial = _solve_split(problem, reduced, metric, support, rank)
+    return (trial if _improved(problem, best, trial, history, WORTH) else best), tuple(history)
+
+
+def _improved(problem: Problem, best: Factors, trial: Factors, history: list[float], share: float = 0.0) -> bool:
+    """Return whether the trial lowers J by a share of it and, if there are other samples, is not worse on them.
+
+    If so its J joins the history.
+    """
+    value = objective(problem.weight, trial.dense(), problem.moments, problem.affine)
+    if value >= (1 - share) * history[-1]:
+        return False
+    other = problem.validation
+    if other is not None and judged(problem.weight, trial, other, problem.affine) > judged(
+        problem.weight, best, other, problem.affine
+    ):
+        return False
+    history.append(value)
+    return True
+
+
+def _rotated_back(reduced: Reduced, rows: Array) -> Array:
+    """Return what :meth:`Reduced.lift` made ``rows`` from."""
+    return rows if reduced.rotation is None else reduced.rotation.T @ rows
 
 
 def _solve_split(problem: Problem, reduced: Reduced, metric: Array | None, support: Indices, rank: int) -> Factors:
