@@ -65,7 +65,7 @@ def propose(target: Array, metric: Array, taps: int, start: tuple[Array, Array, 
 
     def advance(state: State, number: int) -> tuple[State, Step]:
         rest = weight - state.low
-        free: Floats = rest + (state.kept - state.dual - rest) @ pull
+        free = np.asarray(rest + (state.kept - state.dual - rest) @ pull, np.float32)
         low, found = _low_rank(weight - free, narrow, state.basis)
         kept, chosen = _keep(free + state.dual, len(support), taps)
         gap, size = free - kept, max(float(np.linalg.norm(kept)), 1e-30)
