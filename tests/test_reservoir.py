@@ -26,9 +26,10 @@ from onnx_lrs.data import open_samples
 from onnx_lrs.graph.layers import Geometry, Layer, bias_row, find, weight_matrix
 from onnx_lrs.graph.model import View, signature
 from onnx_lrs.graph.rewrite import rewrite
-from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, activation_error
+from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench
 from onnx_lrs.progress import Silent
 from onnx_lrs.solvers import METHODS
+from onnx_lrs.solvers.behind import activation_error
 from onnx_lrs.solvers.problem import Columns, Factors, Problem
 from tests import small_nets as nets
 from tests.builders import run

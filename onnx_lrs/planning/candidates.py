@@ -12,9 +12,10 @@ from onnx_lrs.calibration.capture import Statistic, is_wide
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.solvers import Candidate, Moments, Problem, curve, fit
+from onnx_lrs.solvers.behind import activation_error
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.closed_form import DATA_FREE, ROUNDS
-from onnx_lrs.solvers.problem import AnyFactors, Columns, Factors, Settings, judged
+from onnx_lrs.solvers.problem import AnyFactors, Factors, Settings, judged
 
 KEEPS_CHANNELS = ("channels", "magnitude")  # methods without a low-rank part
 BLOCK = 4096  # columns of W taken to float64 at a time, or sampled columns multiplied at a time
@@ -115,22 +116,3 @@ class Bench:
         assert isinstance(factors, Factors)
         right = factors.right.astype(np.float32) @ weight_matrix(self.view, layer, np.float32)
         return dataclasses.replace(factors, right=right.astype(np.float64), taps=layer.taps)
-
-
-def activation_error(problem: Problem, factors: AnyFactors, columns: Columns) -> float:
-    """Return ||phi(y) - phi(y')||_F / ||phi(y)||_F on sampled columns, phi being what follows the layer; 0 for 0 / 0.
-
-    ``y = W x + b`` and ``y' = E x + b + bias_shift`` in float32, a block of columns at a time.
-    """
-    bias = np.zeros(problem.out) if problem.bias is None else problem.bias
-    exact = problem.weight.T.astype(np.float32), bias.astype(np.float32)
-    near = factors.dense().T.astype(np.float32), (bias + factors.bias_shift).astype(np.float32)
-    lost = total = 0.0
-    for start in range(0, len(columns.inputs), BLOCK):
-        block = columns.inputs[start : start + BLOCK]
-        y, approximation = (block @ matrix + row for matrix, row in (exact, near))
-        if problem.activation == "relu":
-            y, approximation = np.maximum(y, 0), np.maximum(approximation, 0)
-        lost += float(np.square(y - approximation).sum(dtype=np.float64))
-        total += float(np.square(y).sum(dtype=np.float64))
-    return float(np.sqrt(lost / total)) if total > 0 else 0.0

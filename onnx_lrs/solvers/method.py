@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from onnx_lrs.solvers.moments import Moments
+from onnx_lrs.solvers.moments import Moments, moments_of
 from onnx_lrs.solvers.problem import AnyFactors, Budget, Candidate, Problem, Settings, Solution, Status, objective
 
 Candidates = Callable[[Problem, int, Settings], list[Candidate]]
@@ -52,6 +52,7 @@ class Method:
             raise ValueError("this method guarantees no error: give params or a split instead of a gain")
         if not problem.finite:
             return Solution(Status.NOT_FINITE, None, float("nan"))
+        problem = with_moments(problem)
         if budget.params is not None and budget.params >= problem.params:
             return Solution(Status.DENSE, None, 0.0)
         try:
@@ -89,6 +90,14 @@ def _largest_useful(problem: Problem, budget: Budget) -> int:
     """Return the largest rank that the matrix has and that, beside the sparse part, still saves parameters."""
     sparse = (budget.channels or 0) * problem.taps * problem.out + (budget.elements or 0)
     return min(problem.out, problem.d, max(problem.params - 1 - sparse, 0) // problem.rank_cost)
+
+
+def with_moments(problem: Problem) -> Problem:
+    """Return the problem with moments, those of its columns and checks where it has none."""
+    if problem.moments is not None or problem.columns is None:
+        return problem
+    validation = problem.validation or (None if problem.checks is None else moments_of(problem.checks.inputs))
+    return dataclasses.replace(problem, moments=moments_of(problem.columns.inputs), validation=validation)
 
 
 def definite(problem: Problem) -> Problem:

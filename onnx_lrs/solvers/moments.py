@@ -93,6 +93,14 @@ class Accumulator:
         return found
 
 
+def moments_of(columns: NDArray[np.float32]) -> Moments:
+    """Return the moments of columns (n, d) float32, ``FLUSH_ROWS`` of them at a time."""
+    sums = Accumulator(columns.shape[1])
+    for start in range(0, len(columns), FLUSH_ROWS):
+        sums.add(columns[start : start + FLUSH_ROWS])
+    return sums.moments()
+
+
 def permuted(m: Moments, order: NDArray[np.int64]) -> Moments:
     """Return the moments of the same columns with their entries taken in another order."""
     return Moments(m.count, m.mean[order], m.cov[np.ix_(order, order)])

@@ -6,14 +6,14 @@ non-expansive but :func:`largest` and :func:`through_relu`, whose sets or losses
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lrs.solvers.problem import Array
 
-Floats = TypeVar("Floats", NDArray[np.float32], NDArray[np.float64])
+Floats = NDArray[np.floating[Any]]  # what comes in as float32 goes out as float32
 Mask = NDArray[np.bool_]
 
 
