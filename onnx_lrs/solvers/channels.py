@@ -20,7 +20,7 @@ COMPACT = 0.75  # of the columns still alive: then the arrays are cut down; each
 SHARE = 32  # a round drops one channel in 32: scores are exact for one removal, so small rounds keep them honest
 
 
-def eliminate(target: Array, metric: Array, taps: int) -> Indices:
+def eliminate(target: Array, metric: Array, taps: int, share: int = SHARE) -> Indices:
     """Return all channel numbers, the most useful first; the first k are the support of size k.
 
     Parameters
@@ -31,6 +31,8 @@ def eliminate(target: Array, metric: Array, taps: int) -> Indices:
         Damped, positive definite second moments.
     taps : int
         Columns per channel.
+    share : int
+        A round drops one channel in so many: fewer are faster and less exact.
     """
     alive = np.arange(target.shape[1] // taps)
     place = alive.copy()  # where each living channel stands in `inverse` and `weights`
@@ -39,7 +41,7 @@ def eliminate(target: Array, metric: Array, taps: int) -> Indices:
     dropped: list[Indices] = []
     while len(alive) > 1:
         scores = removal_scores(weights, inverse, taps)[place]
-        count = max(1, len(alive) // SHARE)
+        count = max(1, len(alive) // share)
         ranking = np.argsort(scores, kind="stable")
         drop, keep = place[ranking[:count]], np.sort(ranking[count:])
         dropped.append(alive[ranking[:count]])
