@@ -126,12 +126,17 @@ def check_request(job: Job) -> None:
     Raises
     ------
     ConfigError
-        Unknown method, or an output that is the input.
+        Unknown method, a method that needs data without any, or an output that is the input.
     OutputError
         The output is a folder, or its folder is missing or cannot be written to.
     """
     if job.config.method not in METHODS:
         raise ConfigError(f"--method is {job.config.method!r}.", f"Known methods: {', '.join(METHODS)}.")
+    if METHODS[job.config.method].needs_columns and job.inputs.data is None and not job.config.random_data:
+        raise ConfigError(
+            f"--method {job.config.method} looks at the activations and there is no calibration data.",
+            "Give calibration data, or choose another method.",
+        )
     if job.output is None:
         return
     if not isinstance(job.source, onnx.ModelProto) and _same_file(pathlib.Path(job.source), job.output):

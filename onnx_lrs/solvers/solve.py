@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_lrs.solvers import admm, closed_form
+from onnx_lrs.solvers.ddlr import DDLR
 from onnx_lrs.solvers.method import Method, definite
+from onnx_lrs.solvers.nettrim import NETTRIM
 from onnx_lrs.solvers.problem import Budget, Candidate, Problem, Settings, Solution
 
 METHODS: dict[str, Method] = {
@@ -15,6 +17,8 @@ METHODS: dict[str, Method] = {
     "channels": closed_form.CHANNELS,
     "svd": closed_form.SVD,
     "magnitude": closed_form.MAGNITUDE,
+    "ddlr": DDLR,
+    "nettrim": NETTRIM,
 }
 
 
