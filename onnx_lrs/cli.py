@@ -179,12 +179,20 @@ def _add_budget(parser: argparse.ArgumentParser, default: str) -> None:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--params", type=float, metavar="F", help="at most this fraction of the parameters")
     budget.add_argument("--macs", type=float, metavar="F", help="at most this fraction of the multiply-accumulates")
+    budget.add_argument(
+        "--gain", type=float, metavar="E", help="ddlr, nettrim: the relative error that each layer's output may have"
+    )
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     default = Config()
     fit = parser.add_argument_group("fitting")
-    fit.add_argument("--method", metavar="NAME", help="lrs (default), svd, hsvd, channels, magnitude")
+    fit.add_argument(
+        "--method",
+        metavar="NAME",
+        help="lrs (default), admm, greedy, ddlr, nettrim; baselines: hsvd, channels, svd, magnitude",
+    )
+    fit.add_argument("--structure", metavar="NAME", help="greedy: keep whole channels (default) or single elements")
     fit.add_argument(
         "--multiple", type=int, metavar="N", help=f"ranks and kept channels are multiples of N ({default.multiple})"
     )
@@ -277,8 +285,9 @@ def config_from(args: argparse.Namespace) -> Config:
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     chosen = {field.name: given[field.name] for field in dataclasses.fields(Config) if field.name in given}
-    if "params" in given or "macs" in given:
-        chosen["budget"] = Budget(params=given.get("params"), macs=given.get("macs"))
+    limits = {name: given[name] for name in ("params", "macs", "gain") if name in given}
+    if limits:
+        chosen["budget"] = Budget(**limits)
     elif "default_budget" in given:
         chosen["budget"] = given["default_budget"]
     if "exclude" in given:

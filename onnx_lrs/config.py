@@ -11,6 +11,10 @@ from onnx_lrs.errors import ConfigError
 
 DEFAULT_PARAMS = 0.5
 GIB = 1 << 30
+MEANING = {
+    "params": "the fraction of the original that may remain",
+    "gain": "the relative error that a layer's output may have",
+}
 
 
 def available_threads() -> int:
@@ -35,6 +39,9 @@ class Budget:
         Upper limit of parameters after / parameters before, in (0, 1].
     macs : float, optional
         Upper limit of multiply-accumulates after / before, in (0, 1].
+    gain : float, optional
+        For methods with a guarantee, instead of a limit: every layer becomes as small as it can while its output behind
+        the activation is off by at most this relative error on the calibration columns, in (0, 1].
 
     Raises
     ------
@@ -44,35 +51,35 @@ class Budget:
 
     params: float | None = None
     macs: float | None = None
+    gain: float | None = None
 
     def __post_init__(self) -> None:
         given = {name: value for name, value in self.fields().items() if value is not None}
         _require(
             len(given) == 1,
-            f"A budget takes exactly one of params and macs, not {len(given)}.",
+            f"A budget takes exactly one of params, macs and gain, not {len(given)}.",
             f"For example Budget(params={DEFAULT_PARAMS}).",
         )
         for name, value in given.items():
             _require(
                 0.0 < value <= 1.0,
-                f"--{name} is {value}; it is the fraction of the original that may remain, in (0, 1].",
-                f"For half of the original: --{name} 0.5.",
+                f"--{name} is {value}; it is {MEANING.get(name, MEANING['params'])}, in (0, 1].",
+                f"For example --{name} {0.1 if name == 'gain' else 0.5}.",
             )
 
     def fields(self) -> dict[str, float | None]:
-        """Return both limits by name."""
-        return {"params": self.params, "macs": self.macs}
+        """Return the limits by name."""
+        return {"params": self.params, "macs": self.macs, "gain": self.gain}
 
     @property
-    def kind(self) -> Literal["params", "macs"]:
-        """The unit the budget is counted in."""
-        return "params" if self.params is not None else "macs"
+    def kind(self) -> Literal["params", "macs", "gain"]:
+        """What the budget limits."""
+        return "params" if self.params is not None else "macs" if self.macs is not None else "gain"
 
     @property
     def fraction(self) -> float:
-        """The limit as a fraction of the original."""
-        value = self.params if self.params is not None else self.macs
-        assert value is not None  # guaranteed by __post_init__
+        """The limit: a fraction of the original, or of a layer's output for the gain."""
+        (value,) = (value for value in self.fields().values() if value is not None)
         return value
 
 
@@ -146,6 +153,8 @@ class Config:
         What may remain of the original.
     method : str
         A name in :data:`onnx_lrs.solvers.METHODS`.
+    structure : {"channels", "elements"}
+        What the sparse part keeps; single elements (method ``greedy``) make a smaller file at the same speed.
     multiple : int
         Ranks and kept channels are multiples of it (kernels work in blocks).
     holdout : float
@@ -172,6 +181,7 @@ class Config:
 
     budget: Budget = dataclasses.field(default_factory=lambda: Budget(params=DEFAULT_PARAMS))
     method: str = "lrs"
+    structure: Literal["channels", "elements"] = "channels"
     multiple: int = 8
     holdout: float = 0.2
     columns: int = 65536
@@ -190,6 +200,9 @@ class Config:
             not isinstance(self.exclude, str),
             f"exclude is the text {self.exclude!r}.",
             f"Give a tuple of patterns: exclude=({self.exclude!r},).",
+        )
+        _require(
+            self.structure in ("channels", "elements"), f"--structure is {self.structure!r}; use channels or elements."
         )
         _require(self.multiple >= 1, f"--multiple is {self.multiple}; it must be at least 1.")
         _require(0.0 < self.holdout <= 0.9, f"--holdout is {self.holdout}; it is a share in (0, 0.9].")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, is_wide, steps
 from onnx_lrs.calibration.subject import Inputs, Material, Subject, examine, measure_shapes, open_material
 from onnx_lrs.config import Budget, Config
+from onnx_lrs.data import Samples
 from onnx_lrs.errors import BudgetError, ConfigError, OutputError, VerificationError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.cost import macs_by_node
@@ -24,19 +25,22 @@ from onnx_lrs.graph.forms import element_params, stored_entries
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import ModelSource, View, takes_sparse
 from onnx_lrs.graph.rewrite import Rewritten, rewrite, take_rows
-from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
+from onnx_lrs.planning.candidates import FIT, JUDGE, LOW_RANK, SELECT, Bench, Fitted
+from onnx_lrs.planning.guarantee import Promise, promise
 from onnx_lrs.planning.plan import Plan, error_curves, macs_of, make_plan, weighted
 from onnx_lrs.planning.sensitivity import sensitivities
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.environment import environment, peak_memory_bytes
-from onnx_lrs.report.result import Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
+from onnx_lrs.report.result import Certificate, Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.session import Session
-from onnx_lrs.runtime.verify import check_structure, compare_outputs
-from onnx_lrs.solvers import METHODS
+from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
+from onnx_lrs.solvers import METHODS, Settings, Status
 from onnx_lrs.solvers.closed_form import DATA_FREE, form_of
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 
+ELEMENT_METHODS = ("greedy", "nettrim")
+MOST_NAMES = 5  # in one note
 POOR = 0.3  # relative error of an output beyond which the console warns
 NAMED = 5  # layers that a note calls by name
 
@@ -90,12 +94,14 @@ def compress(job: Job) -> Result:
         notes = _opening_notes(job, subject, material)
         for note in notes:
             job.progress.note(note)
-        fitted = _plan_and_fit(job, subject, material, clock)
+        fitted, promised = _plan_and_fit(job, subject, material, clock)
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks)
         layers = _layer_results(subject, rewritten, fitted, known=material.samples is not None)
-        before, after, quality, provider = _judge(job, subject, material, rewritten.model, clock)
+        before, after, quality, provider, certificate = _judge(
+            job, subject, material, (rewritten.model, promised), clock
+        )
         after = _write(job, rewritten.model, after, bool(outside), clock)
     return Result(
         input=None if isinstance(job.source, onnx.ModelProto) else str(job.source),
@@ -110,8 +116,10 @@ def compress(job: Job) -> Result:
         environment=environment(provider, job.config.threads, job.config.seed),
         seconds=clock.total(),
         peak_memory_bytes=peak_memory_bytes(),
+        certificate=certificate,
         notes=(
             *notes,
+            *_fit_notes(subject, fitted, promised),
             *_closing_notes(before, after, quality),
             *_element_notes(layers),
             *_side_notes(job, material, quality, bool(outside)),
@@ -126,12 +134,11 @@ def check_request(job: Job) -> None:
     Raises
     ------
     ConfigError
-        Unknown method, or an output that is the input.
+        Unknown method, a method that needs data without any, or an output that is the input.
     OutputError
         The output is a folder, or its folder is missing or cannot be written to.
     """
-    if job.config.method not in METHODS:
-        raise ConfigError(f"--method is {job.config.method!r}.", f"Known methods: {', '.join(METHODS)}.")
+    _check_method(job)
     if job.output is None:
         return
     if not isinstance(job.source, onnx.ModelProto) and _same_file(pathlib.Path(job.source), job.output):
@@ -143,6 +150,29 @@ def check_request(job: Job) -> None:
         raise OutputError(f"The folder {folder} does not exist.", "Create it first.")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"The folder {folder} cannot be written to.", "Choose another folder for -o.")
+
+
+def _check_method(job: Job) -> None:
+    """Refuse a method that does not exist, or that cannot do what else was asked for."""
+    name, budget = job.config.method, job.config.budget
+    if name not in METHODS:
+        raise ConfigError(f"--method is {name!r}.", f"Known methods: {', '.join(METHODS)}.")
+    method = METHODS[name]
+    if budget.kind == "gain" and method.within_error is None:
+        able = ", ".join(other for other, m in METHODS.items() if m.within_error is not None)
+        raise ConfigError(
+            f"--gain asks for a guaranteed error; --method {name} gives none.", f"Methods that do: {able}."
+        )
+    if job.config.structure == "elements" and name not in ELEMENT_METHODS:
+        raise ConfigError(
+            f"--structure elements does not go with --method {name}, which keeps whole channels or none.",
+            f"Methods with single elements: {', '.join(ELEMENT_METHODS)}.",
+        )
+    if method.needs_columns and job.inputs.data is None and not job.config.random_data:
+        raise ConfigError(
+            f"--method {name} is fitted to activations, and there is no calibration data.",
+            "Give typical inputs with --data; lrs, hsvd and greedy work on weights alone.",
+        )
 
 
 def _same_file(one: pathlib.Path, other: pathlib.Path) -> bool:
@@ -172,9 +202,11 @@ def _refuse_to_overwrite(job: Job, outside: set[pathlib.Path]) -> None:
 def _refuse_without_layers(job: Job, subject: Subject) -> None:
     """Say at once, and why, if nothing can be compressed and the exact rewrites alone miss the budget."""
     budget = job.config.budget
-    before = subject.params if budget.kind == "params" else sum(subject.macs.values())
+    if budget.kind == "gain" and subject.layers:
+        return
+    before = subject.params if budget.kind != "macs" else sum(subject.macs.values())
     left = models.weight_count(subject.folded) if budget.kind == "params" else before
-    if subject.layers or left <= int(budget.fraction * before):
+    if subject.layers or (budget.kind != "gain" and left <= int(budget.fraction * before)):
         return
     counts = collections.Counter(layer.reason for layer in subject.skipped)
     reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
@@ -218,18 +250,35 @@ def _opening_notes(job: Job, subject: Subject, material: Material) -> list[str]:
 
 
 def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
+    notes = []
+    if METHODS[job.config.method].fully_connected_only:
+        convolutions = sum(layer.op == "Conv" for layer in subject.layers)
+        if convolutions:
+            notes.append(f"--method {job.config.method} is for fully connected layers: {convolutions} Conv stay dense.")
     if material.samples is None or job.config.method in DATA_FREE:
-        return []
+        return notes
     wide = [layer.name for layer in subject.layers if is_wide(layer, job.config.memory_bytes)]
-    outcome = "they stay dense" if job.config.method == "channels" else "low rank only"
-    return [f"Too wide for channel selection within --memory, {outcome}: {', '.join(wide)}."] if wide else []
+    low_rank = job.config.method in LOW_RANK and job.config.structure == "channels"
+    outcome = "low rank only" if low_rank else "they stay dense"
+    if wide:
+        notes.append(f"Too wide for --method {job.config.method} within --memory, {outcome}: {', '.join(wide)}.")
+    return notes
 
 
-def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> dict[str, Fitted]:
-    """Two passes over the data: error curves of all layers and the plan, then the chosen layers on more samples."""
+Made = tuple[dict[str, Fitted], Promise | str | None]  # what was fitted, and what it promises or why nothing
+
+
+def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> Made:
+    """Two passes over the data: error curves of all layers and the plan, then the chosen layers on more samples.
+
+    A gain needs no plan: every layer becomes as small as its own error allows.
+    """
     config, split = job.config, material.split
     with_columns = METHODS[config.method].needs_columns
-    bench = Bench(subject.view, config.method, config.multiple, config.memory_bytes, config.threads, with_columns)
+    solver = Settings(structure=config.structure, seed=config.seed)
+    bench = Bench(
+        subject.view, config.method, config.multiple, config.memory_bytes, config.threads, with_columns, solver
+    )
     setting = Setting(
         config.memory_bytes, config.columns, subject.batch, config.threads, config.seed, subject.dynamic_batch
     )
@@ -238,19 +287,33 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
         if material.samples is not None and subject.layers:
             capture = Capture(subject.folded, subject.layers, material.samples, setting)
             stack.callback(capture.close)
-        roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
-        with clock.stage("plan", _step_count(subject.layers, roles, material, setting, with_columns)):
-            curves, probes = error_curves(subject, bench, capture, roles, job.progress)
-        if probes and material.samples is not None and split is not None:
-            with clock.stage("sensitivity", len(probes)):
-                batching = subject.batch, subject.dynamic_batch, config.threads
-                found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress)
-                curves = weighted(curves, found)
-        plan = make_plan(subject, curves, config.budget)
-        chosen = tuple(layer for layer in subject.layers if layer.node in plan.chosen)
-        roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
+        plan = None
+        if config.budget.kind != "gain":
+            plan = _plan(job, subject, material, (bench, capture, setting), clock)
+        chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
+        roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
-            return _fit(chosen, plan, bench, capture, roles, job.progress)
+            fitted, items = _fit(chosen, plan or config.budget.fraction, bench, capture, roles, job.progress)
+    promised = promise(subject, fitted, items) if plan is None else None
+    return fitted, promised
+
+
+Workshop = tuple[Bench, Capture | None, Setting]
+
+
+def _plan(job: Job, subject: Subject, material: Material, workshop: Workshop, clock: Clock) -> Plan:
+    """Choose a candidate for each layer: error curves, weighed by how much each layer's error moves the outputs."""
+    config, split = job.config, material.split
+    bench, capture, setting = workshop
+    roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
+    with clock.stage("plan", _step_count(subject.layers, roles, material, setting, bench.with_columns)):
+        curves, probes = error_curves(subject, bench, capture, roles, job.progress)
+    if probes and material.samples is not None and split is not None:
+        with clock.stage("sensitivity", len(probes)):
+            batching = subject.batch, subject.dynamic_batch, config.threads
+            found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress)
+            curves = weighted(curves, found)
+    return make_plan(subject, curves, config.budget)
 
 
 def _step_count(
@@ -262,23 +325,38 @@ def _step_count(
     return len(layers) + passes * sum(steps(items, setting) for items in roles.values())
 
 
+Items = dict[str, NDArray[np.int64] | None]
+
+
 def _fit(
-    layers: tuple[Layer, ...], plan: Plan, bench: Bench, capture: Capture | None, roles: Roles, progress: Progress
-) -> dict[str, Fitted]:
+    layers: tuple[Layer, ...],
+    plan: Plan | float,
+    bench: Bench,
+    capture: Capture | None,
+    roles: Roles,
+    progress: Progress,
+) -> tuple[dict[str, Fitted], Items]:
+    """Fit the plan's candidates, or to a gain; return also which samples the columns came from, by node."""
     fitted: dict[str, Fitted] = {}
+    items: Items = {}
     for group in groups(layers, len(roles), bench.memory_bytes, bench.with_columns):
         statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
         for layer in group:
-            fitted[layer.node] = bench.fit(layer, plan.chosen[layer.node], statistics.pop(layer.node, {}))
+            own = statistics.pop(layer.node, {})
+            if isinstance(plan, Plan):
+                fitted[layer.node] = bench.fit(layer, plan.chosen[layer.node], own)
+            elif (found := bench.within(layer, plan, own)) is not None:
+                fitted[layer.node] = found
+            items[layer.node] = own[FIT].items if FIT in own else None
             progress.step(layer.name)
-    return fitted
+    return fitted, items
 
 
 def _judge(
-    job: Job, subject: Subject, material: Material, model: onnx.ModelProto, clock: Clock
-) -> tuple[Totals, Totals, tuple[OutputQuality, ...] | None, str]:
+    job: Job, subject: Subject, material: Material, made: tuple[onnx.ModelProto, Promise | str | None], clock: Clock
+) -> tuple[Totals, Totals, tuple[OutputQuality, ...] | None, str, Certificate | None]:
     """Check the new model and measure both; nothing is written before this is through."""
-    config = job.config
+    config, (model, promised) = job.config, made
     batching = (subject.batch, subject.dynamic_batch)
     every = subject.batch if subject.dynamic_batch else 1
     judges = None if material.judge is None else -(-len(material.judge_items) // every)
@@ -297,15 +375,30 @@ def _judge(
             )
         else:
             _check_finite(sessions, subject)
+        certificate = None
+        if isinstance(promised, Promise) and material.samples is not None:
+            certificate = _certificate(promised, sessions, material.samples, batching)
         slow, fast = interleaved(sessions, subject.feed)
     before = Totals(subject.params, sum(subject.macs.values()), subject.file_bytes, slow)
     after = Totals(models.weight_count(model), sum(macs_by_node(view, shapes).values()), model.ByteSize(), fast)
     _check_budget(job.config.budget, before, after)
-    return before, after, quality, sessions[1].provider
+    return before, after, quality, sessions[1].provider, certificate
+
+
+def _certificate(
+    promised: Promise, sessions: tuple[Session, Session], samples: Samples, batching: tuple[int, bool]
+) -> Certificate:
+    """Put what was promised beside what is measured on the same samples."""
+    change, size = change_of_output(sessions, promised.chain.output, samples, promised.items, batching)
+    scale = max(size, 1e-300)
+    names = tuple(layer.name for layer in promised.chain.layers)
+    return Certificate(promised.chain.output, names, len(promised.items), promised.bound / scale, change / scale)
 
 
 def _check_budget(budget: Budget, before: Totals, after: Totals) -> None:
     """Count the finished graph: the plan promised to keep to the budget."""
+    if budget.kind == "gain":
+        return
     limit, real = int(budget.fraction * getattr(before, budget.kind)), getattr(after, budget.kind)
     if real > limit:
         raise VerificationError(
@@ -366,6 +459,10 @@ def _layer_result(
         macs_before=macs,
         macs_after=_macs_after(subject, layer, factors, outputs, params),
         error=done.error if done else (0.0 if known else None),
+        activation_error=done.activation_error if done else None,
+        allowed_error=done.allowed / done.scale if done and done.allowed is not None and done.scale else None,
+        reached_error=done.reached / done.scale if done and done.reached is not None and done.scale else None,
+        status=done.status.name.lower() if done else "dense",
     )
 
 
@@ -411,6 +508,19 @@ def _skipped(subject: Subject) -> tuple[SkippedLayer, ...]:
     return tuple(
         SkippedLayer(s.name, s.op, s.params, subject.macs.get(s.node or "", 0), s.reason) for s in subject.skipped
     )
+
+
+def _fit_notes(subject: Subject, fitted: Mapping[str, Fitted], promised: Promise | str | None) -> list[str]:
+    """Return how solves ended that did not simply succeed, and why guarantees add up to none for the network."""
+    notes = []
+    for status in Status:
+        names = [la.name for la in subject.layers if la.node in fitted and fitted[la.node].status is status]
+        if names and status is not Status.SOLVED:
+            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            notes.append(f"{', '.join(names[:MOST_NAMES])}{more}: {status.value}.")
+    if isinstance(promised, str):
+        notes.append(f"No bound for the whole network: {promised}.")
+    return notes
 
 
 def _closing_notes(before: Totals, after: Totals, quality: tuple[OutputQuality, ...] | None) -> list[str]:

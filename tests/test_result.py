@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from onnx_lrs.config import Config
 from onnx_lrs.report import result as records
 from onnx_lrs.report.result import (
+    Certificate,
     Inspection,
     LayerInfo,
     LayerResult,
@@ -26,7 +27,7 @@ from onnx_lrs.report.result import (
 )
 
 PAGE = (Path(__file__).parent.parent / "docs" / "result.md").read_text(encoding="utf-8")
-RECORDS = [Result, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
+RECORDS = [Result, Certificate, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
 
 
 def full_result() -> Result:

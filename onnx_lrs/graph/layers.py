@@ -106,8 +106,13 @@ class Skipped:
     reason: str
 
 
-def find(view: View, exclude: Sequence[str] = ()) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
-    """Return the layers that can be factorised, in graph order, and those that cannot, each with its reason."""
+def find(
+    view: View, exclude: Sequence[str] = (), smallest: int = SMALLEST
+) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
+    """Return the layers that can be factorised, in graph order, and those that cannot, each with its reason.
+
+    A layer of fewer than ``smallest`` weights gains nothing.
+    """
     names = _unique_names(view.nodes)
     layers: list[Layer] = []
     skipped: list[Skipped] = []
@@ -116,7 +121,7 @@ def find(view: View, exclude: Sequence[str] = ()) -> tuple[tuple[Layer, ...], tu
             continue
         if _makes_a_weight(view, node):
             continue
-        found = _examine(view, node, name, exclude)
+        found = _examine(view, node, name, exclude, smallest)
         if isinstance(found, Layer):
             layers.append(found)
         else:
@@ -170,7 +175,7 @@ def _inside_subgraphs(view: View) -> list[Skipped]:
     ]
 
 
-def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str]) -> Layer | str:
+def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str], smallest: int) -> Layer | str:
     if node.op in NOT_SUPPORTED:
         return NOT_SUPPORTED[node.op]
     if not is_standard(node.domain):
@@ -191,8 +196,8 @@ def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str]) -> La
     layer = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}[node.op](view, node, name, values)
     if isinstance(layer, str):
         return layer
-    if layer.params < SMALLEST:
-        return f"tiny: {layer.params} weights, below {SMALLEST} nothing is gained"
+    if layer.params < smallest:
+        return f"tiny: {layer.params} weights, below {smallest} nothing is gained"
     return dataclasses.replace(layer, activation=_activation(view, layer))
 
 

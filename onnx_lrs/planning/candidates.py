@@ -9,15 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Statistic, is_wide
+from onnx_lrs.graph.forms import is_in_parts
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
-from onnx_lrs.graph.model import View
-from onnx_lrs.solvers import Candidate, Moments, Problem, curve, fit
-from onnx_lrs.solvers.behind import activation_error
+from onnx_lrs.graph.model import View, takes_sparse
+from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
+from onnx_lrs.solvers.behind import activation_error, response_norm
 from onnx_lrs.solvers.blas import threads_for
-from onnx_lrs.solvers.closed_form import DATA_FREE, ROUNDS
-from onnx_lrs.solvers.problem import AnyFactors, Factors, Settings, judged
+from onnx_lrs.solvers.closed_form import DATA_FREE
+from onnx_lrs.solvers.problem import AnyFactors, Factors, judged
+from onnx_lrs.solvers.problem import Budget as LayerBudget
 
-KEEPS_CHANNELS = ("channels", "magnitude")  # methods without a low-rank part
+LOW_RANK = ("lrs", "hsvd", "svd", "admm", "greedy")  # methods that low rank alone may stand in for
 BLOCK = 4096  # columns of W taken to float64 at a time, or sampled columns multiplied at a time
 FIT, SELECT, JUDGE = "fit", "select", "judge"
 
@@ -27,12 +29,17 @@ class Fitted:
     """The factors of one layer and their relative error on held-out columns (None without data).
 
     ``activation_error`` is ||phi(y) - phi(y')||_F / ||phi(y)||_F on the held-out columns that were sampled, phi being
-    what follows the layer; None if none were. Unlike ``error`` it counts the mean of y on both sides.
+    what follows the layer; None if none were. Unlike ``error`` it counts the mean of y on both sides. ``allowed`` and
+    ``reached`` are those of a guarantee, ||phi(y) - phi(y')||_F over the columns of the fit, ``scale`` ||phi(y)||_F.
     """
 
     factors: AnyFactors
     error: float | None
     activation_error: float | None = None
+    status: Status = Status.SOLVED
+    allowed: float | None = None
+    reached: float | None = None
+    scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,34 +55,63 @@ class Bench:
     memory_bytes: int
     threads: int
     with_columns: bool = False
+    settings: Settings = dataclasses.field(default_factory=Settings)
 
     def curve(self, layer: Layer, statistics: Mapping[str, Statistic]) -> list[Candidate]:
         """Return the layer's undominated candidates, losses on the SELECT moments (weights only if there are none)."""
         method, problem = self._problem(layer, statistics)
         with threads_for(problem.d, self.threads):
-            return curve(problem, method, self.multiple) if method else []
+            found = curve(problem, method, self.multiple, self.settings) if method else []
+        sparse = takes_sparse(self.view.model)
+        shape = layer.out, layer.d
+        return [c for c in found if not c.elements or is_in_parts(c.rank, c.elements, shape, sparse)]
 
-    def fit(self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic], rounds: int = ROUNDS) -> Fitted:
+    def fit(
+        self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic], steps: int | None = None
+    ) -> Fitted:
         """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE statistics.
 
-        ``rounds`` bounds how often the support is chosen again.
+        ``steps`` limits the iterations, as in :class:`onnx_lrs.solvers.Settings`.
         """
         method, problem = self._problem(layer, statistics)
         assert method is not None  # a layer without a method has no candidates to choose
         with threads_for(problem.d, self.threads):
-            factors = fit(problem, chosen, method, Settings(steps=rounds)).factors
-        assert factors is not None
+            solution = fit(problem, chosen, method, dataclasses.replace(self.settings, steps=steps))
+        fitted = self._fitted(layer, problem, solution, statistics)
+        assert fitted is not None  # a candidate saves parameters
+        return fitted
+
+    def within(self, layer: Layer, gain: float, statistics: Mapping[str, Statistic]) -> Fitted | None:
+        """Return the smallest factors that keep to the gain on the FIT columns, or None if the layer stays dense."""
+        method, problem = self._problem(layer, statistics)
+        if method != self.method:
+            return None
+        with threads_for(problem.d, self.threads):
+            solution = METHODS[method](problem, LayerBudget(gain=gain), settings=self.settings)
+        return self._fitted(layer, problem, solution, statistics)
+
+    def _fitted(
+        self, layer: Layer, problem: Problem, solution: Solution, statistics: Mapping[str, Statistic]
+    ) -> Fitted | None:
+        factors = solution.factors
+        if factors is None:
+            return None
         error = behind = None
         judge = statistics.get(JUDGE)
         if judge is not None and (self._in_outputs(layer) or not is_wide(layer, self.memory_bytes)):
             error = judged(problem.weight, factors, judge.moments, layer.affine)
         if judge is not None and judge.columns is not None:
             behind = activation_error(problem, factors, judge.columns)
-        return Fitted(self._widened(layer, factors) if self._in_outputs(layer) else factors, error, behind)
+        widened = self._widened(layer, factors) if self._in_outputs(layer) else factors
+        scale = None
+        if solution.allowed is not None and problem.columns is not None:
+            scale = response_norm(problem, problem.columns)
+        return Fitted(widened, error, behind, solution.status, solution.allowed, solution.error, scale)
 
     def _in_outputs(self, layer: Layer) -> bool:
         """Return whether the layer is solved in the space of its outputs: ``W x ~ U U^T (W x)``."""
-        return is_wide(layer, self.memory_bytes) and self.method not in KEEPS_CHANNELS
+        possible = self.method in LOW_RANK and self.settings.structure == "channels"
+        return is_wide(layer, self.memory_bytes) and possible
 
     def _problem(self, layer: Layer, statistics: Mapping[str, Statistic]) -> tuple[str | None, Problem]:
         fit_on, select_on = (s.moments if s else None for s in map(statistics.get, (FIT, SELECT)))
@@ -85,7 +121,9 @@ class Bench:
             return "hsvd", Problem(np.eye(layer.out), 1, fit_on, select_on, affine=layer.affine, width=layer.d)
         weight = weight_matrix(self.view, layer)
         if is_wide(layer, self.memory_bytes):
-            return (None if self.method == "channels" else self.method), Problem(weight, layer.taps)
+            return (self.method if self.method in DATA_FREE else None), Problem(weight, layer.taps)
+        if layer.op == "Conv" and METHODS[self.method].fully_connected_only:
+            return None, Problem(weight, layer.taps)
         square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
         kernel = (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square else None
         columns, checks = (s.columns if s else None for s in map(statistics.get, (FIT, SELECT)))

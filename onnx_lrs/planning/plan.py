@@ -55,7 +55,7 @@ def error_curves(
             found[layer.node] = bench.curve(layer, own)
             probe = probe_of(found[layer.node]) if own else None
             if probe is not None:
-                probes[layer.node] = probe.loss, bench.fit(layer, probe, own, rounds=0).factors
+                probes[layer.node] = probe.loss, bench.fit(layer, probe, own, steps=0).factors
             progress.step(layer.name)
     return found, probes
 
@@ -150,7 +150,7 @@ def _row_params(layer: Layer, chosen: Candidate | None) -> int:
         return layer.d
     if chosen.form == FORM:
         return chosen.rank * layer.geometry.kernel[1]
-    return chosen.rank + len(chosen.support) * layer.taps
+    return chosen.rank + len(chosen.support) * layer.taps  # which rows single entries lie in is not known yet
 
 
 def _choices(subject: Subject, layer: Layer, candidates: Sequence[Candidate], budget: Budget) -> list[Choice]:
@@ -178,6 +178,8 @@ def macs_of(subject: Subject, layer: Layer, form: str, rank: int, params: int) -
     Every form works at the output's positions, but for the k x 1 part of the spatial one: it keeps the input's width.
     """
     positions = subject.macs[layer.node] // layer.params
+    if form.endswith("elements"):  # run as the dense layer they are folded to
+        return subject.macs[layer.node]
     if form != FORM:
         return params * positions
     vertical = rank * layer.channels * layer.geometry.kernel[0]

@@ -178,7 +178,7 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
         Where to print; stderr by default.
     """
     blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result), "", *_quality(result.quality)]
-    blocks += ["", *_layers(result, verbose)]
+    blocks += ["", *_layers(result, verbose), *_certificate(result)]
     blocks += _skipped_all(result) if verbose else _skipped_summary(result)
     blocks += ["", *_notes(result.notes), _effort_line(result, verbose)]
     console = console or stderr_console()
@@ -254,13 +254,36 @@ def _layers(result: Result, verbose: bool) -> list[RenderableType]:
         before, after = _cost(layer, kind)
         size = f"{_count(before)} -> {_count(after)}"
         table.add_row(
-            _text(layer.name), _weight(layer.op, layer.shape), _form(layer), Text(size), Text(_percent(layer.error))
+            _text(layer.name), _weight(layer.op, layer.shape), _form(layer), Text(size), Text(_percent(_error(layer)))
         )
     return [table]
 
 
+def _error(layer: LayerResult) -> float | None:
+    """Return the error behind the activation where it was measured: in front of it a fit to it may look far off."""
+    return layer.error if layer.activation_error is None else layer.activation_error
+
+
+def _certificate(result: Result) -> list[RenderableType]:
+    """Return what each layer's guarantee allowed and reached, and what they promise for the output."""
+    table = _table("Guarantee", ">Allowed", ">Reached", title="Errors on the calibration columns")
+    for layer in result.layers:
+        if layer.allowed_error is not None:
+            table.add_row(_text(layer.name), _percent(layer.allowed_error), _percent(layer.reached_error))
+    if not table.row_count:
+        return []
+    found = result.certificate
+    if found is None:
+        return ["", table]
+    line = (
+        f"Output {found.output} behind {', '.join(found.layers)} is off by at most {_percent(found.bound)} "
+        f"on {found.samples} calibration samples; measured {_percent(found.measured)}."
+    )
+    return ["", table, _text(line)]
+
+
 def _budget_kind(settings: dict[str, Any]) -> Literal["params", "macs"]:
-    """Return the unit the run was asked to save; the layer table is sorted by it."""
+    """Return the unit the layer table counts in: MACs if they were to be saved."""
     budget = settings.get("budget")
     return "macs" if isinstance(budget, dict) and budget.get("macs") is not None else "params"
 

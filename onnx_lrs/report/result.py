@@ -47,7 +47,10 @@ class LayerResult:
     ``||y - y'|| / ||y - mean(y)||`` on held-out columns (None without data, 0.0 for a dense layer). ``rank`` is 0
     without a low-rank part, ``kept_channels`` 0 without a branch on kept channels, ``elements`` 0 without single
     entries, ``channels`` the input channels of the layer and ``kept_outputs`` the filters left when every reader has
-    dropped the others.
+    dropped the others. ``activation_error`` is ||phi(y) - phi(y')|| / ||phi(y)|| behind the activation phi on held-out
+    columns, where the method sampled columns; ``allowed_error`` and ``reached_error`` are those of a guarantee, counted
+    in the same way on the columns of the fit. ``status`` says how the solve ended: ``solved``, ``dense`` for a layer
+    left as it is, or another name in :class:`onnx_lrs.solvers.Status` in lower case.
     """
 
     name: str
@@ -65,6 +68,25 @@ class LayerResult:
     macs_before: int
     macs_after: int
     error: float | None
+    activation_error: float | None = None
+    allowed_error: float | None = None
+    reached_error: float | None = None
+    status: str = "solved"
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What the guarantees of the layers promise for an output, beside what was measured on the same samples.
+
+    ``bound`` and ``measured`` are ||y - y'|| / ||y|| over ``samples`` calibration samples; ``layers`` the chain of
+    fully connected layers that it covers. The bound says nothing of other samples.
+    """
+
+    output: str
+    layers: tuple[str, ...]
+    samples: int
+    bound: float
+    measured: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +138,8 @@ class Result(_Report):
     """The outcome of :func:`onnx_lrs.compress`.
 
     ``model`` is the compressed ModelProto and is not part of the JSON. ``quality`` is None without data. ``notes`` are
-    the plain sentences that the console shows as well.
+    the plain sentences that the console shows as well. ``certificate`` is None without guarantees, or where they do not
+    add up to one (a note says why).
     """
 
     input: str | None
@@ -131,6 +154,7 @@ class Result(_Report):
     environment: dict[str, Any]
     seconds: dict[str, float]
     peak_memory_bytes: int
+    certificate: Certificate | None = None
     notes: tuple[str, ...] = ()
     schema: int = SCHEMA
     model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})

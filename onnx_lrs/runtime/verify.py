@@ -154,6 +154,17 @@ def compare_outputs(
     return tuple(meter.quality() for meter in meters.values())
 
 
+def change_of_output(
+    sessions: tuple[Session, Session], name: str, samples: Samples, items: NDArray[np.int64], batching: tuple[int, bool]
+) -> tuple[float, float]:
+    """Return ||y - y'||_F and ||y||_F of one output over the given items, in float64."""
+    sums = np.zeros(2)
+    for _, feed in batches(samples, items, *batching):
+        a, b = (np.asarray(session.run(feed, [name])[name], np.float64) for session in sessions)
+        sums += [np.square(a - b).sum(), np.square(a).sum()]
+    return float(np.sqrt(sums[0])), float(np.sqrt(sums[1]))
+
+
 def check_original_finite(name: str, values: Iterable[NDArray[np.generic]]) -> None:
     """Refuse data on which the original itself fails: there is nothing to compare with.
 

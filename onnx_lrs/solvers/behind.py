@@ -42,9 +42,19 @@ def activation_error(problem: Problem, factors: AnyFactors, columns: Columns) ->
         block = _part(columns, slice(start, start + BLOCK))
         exact = activated(pre_activation(problem, block), problem.activation)
         found = activated(block.inputs @ near + row, problem.activation)
-        lost += float(np.square(exact - found).sum(dtype=np.float64))
-        total += float(np.square(exact).sum(dtype=np.float64))
+        lost += float(np.square(exact - found, dtype=np.float64).sum())
+        total += float(np.square(exact, dtype=np.float64).sum())
     return float(np.sqrt(lost / total)) if total > 0 else 0.0
+
+
+def response_norm(problem: Problem, columns: Columns) -> float:
+    """Return ||phi(y)||_F over sampled columns."""
+    total = 0.0
+    for start in range(0, len(columns.inputs), BLOCK):
+        block = _part(columns, slice(start, start + BLOCK))
+        exact = activated(pre_activation(problem, block), problem.activation)
+        total += float(np.square(exact, dtype=np.float64).sum())
+    return float(np.sqrt(total))
 
 
 def first(columns: Columns, count: int) -> Columns:

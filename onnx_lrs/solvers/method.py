@@ -34,6 +34,8 @@ class Method:
         Whether sampled columns are needed, not only moments.
     sees_data : bool
         False for the baselines that fit nothing.
+    fully_connected_only : bool
+        Whether the method is stated for fully connected layers and leaves convolutions alone.
     """
 
     candidates: Candidates
@@ -42,6 +44,7 @@ class Method:
     within_error: Guarantee | None = None
     needs_columns: bool = False
     sees_data: bool = True
+    fully_connected_only: bool = False
 
     def __call__(self, problem: Problem, budget: Budget, *, settings: Settings | None = None) -> Solution:
         """Approximate one layer within a budget; see :func:`onnx_lrs.solvers.solve`."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_lrs.solvers import admm, closed_form, greedy
+from onnx_lrs.solvers.ddlr import DDLR
 from onnx_lrs.solvers.method import Method, definite
+from onnx_lrs.solvers.nettrim import NETTRIM
 from onnx_lrs.solvers.problem import Budget, Candidate, Problem, Settings, Solution
 
 METHODS: dict[str, Method] = {
     "lrs": closed_form.LRS,
     "admm": admm.ADMM,
     "greedy": greedy.GREEDY,
+    "ddlr": DDLR,
+    "nettrim": NETTRIM,
     "hsvd": closed_form.HSVD,
     "channels": closed_form.CHANNELS,
     "svd": closed_form.SVD,
