@@ -66,6 +66,7 @@ LIFT = 1.0  # rho of Z = M X + c: the weight of the fit behind the activation is
 STEPS = 8  # behind the ReLU
 ROUNDS = (0.1, 0.3, 1.0)  # rho of the refits behind the ReLU, rising (Zhang et al., TPAMI 2016)
 PER_WIDTH = 2  # columns used per feature; more moved no support that we saw and cost in proportion
+NOTHING = 1e-3  # of T: an M below it counts as zero when residuals are taken relative to it
 NARROW = 512  # features from which float32 is used: the relaxed solution decides on support and rank only
 
 
@@ -128,12 +129,15 @@ class Relaxation:
         # (T - M) H = t (M - T - (G - T)) + ..., so that tr (T - M) H (T - M)^T needs no product with H
         loss = 0.5 * self.penalty * float(np.vdot(goal - middle, middle - self.target))
         moved = (low + sparse) - (state.low + state.sparse)
-        step = Step(loss + self.penalties(sparse, values, l1, l2), _relative(gap, middle), _relative(moved, middle))
+        primal, dual = _relative(gap, middle, self.target), _relative(moved, middle, self.target)
+        step = Step(loss + self.penalties(sparse, values, l1, l2), primal, dual)
         return State(middle, low, sparse, state.dual + gap, values), step
 
 
-def _relative(difference: Floats, to: Floats) -> float:
-    return float(np.linalg.norm(difference)) / max(float(np.linalg.norm(to)), 1e-30)
+def _relative(difference: Floats, to: Floats, whole: Floats) -> float:
+    """Return the size of a difference relative to ``to``; where nothing is left of ``whole``, to a share of that."""
+    size = max(float(np.linalg.norm(to)), NOTHING * float(np.linalg.norm(whole)))
+    return float(np.linalg.norm(difference)) / max(size, 1e-30)
 
 
 def relaxation(target: Array, metric: Array, taps: int) -> Relaxation:
@@ -265,8 +269,8 @@ def behind_relu(problem: Problem, sample: Sample, start: Factors, steps: int, to
         loss = 0.5 * float(np.square(np.maximum(values, 0) - sample.outputs).sum(dtype=np.float64)) / width
         step = Step(
             loss + program.penalties(sparse, singular, l1, l2),
-            max(_relative(gap, middle), _relative(lag, split)),
-            _relative(low + sparse - now.state.low - now.state.sparse, middle),
+            max(_relative(gap, middle, program.target), _relative(lag, split, sample.outputs)),
+            _relative(low + sparse - now.state.low - now.state.sparse, middle, program.target),
         )
         return Lifted(State(middle, low, sparse, now.state.dual + gap, singular), split, now.lift + lag), step
 
@@ -284,10 +288,16 @@ def _middle(problem: Problem, sample: Sample, now: Lifted) -> tuple[Floats, Floa
     """Return M and M X + c after their step: the regression of Z + lift on x, pulled toward L + S + dual by t."""
     wanted, program = now.split + now.lift, sample.program
     goal = now.state.low + now.state.sparse + now.state.dual
-    image = (wanted.T @ sample.inputs).astype(goal.dtype) / len(wanted)
+    image = _image(problem, sample, wanted).astype(goal.dtype)
     middle = goal + (image - goal @ program.metric) @ (program.pull / program.penalty)
     constant = wanted.mean(axis=0, dtype=np.float64) if problem.affine else bias_of(problem)
     return middle, sample.inputs @ middle.T.astype(np.float32) + constant.astype(np.float32)
+
+
+def _image(problem: Problem, sample: Sample, wanted: Floats) -> Floats:
+    """Return E[(wanted - c) x^T], (out, d) float32; centred columns need no c, without them it is the bias."""
+    free = wanted if problem.affine or problem.bias is None else wanted - bias_of(problem).astype(np.float32)
+    return np.asarray(free.T @ sample.inputs) / np.float32(len(wanted))
 
 
 def _just_keeping(program: Relaxation, middle: Floats, state: State, kept: tuple[int, int]) -> tuple[float, float]:
@@ -315,8 +325,7 @@ def refitted(problem: Problem, sample: Sample, start: Factors, metric: Array) ->
         dense = last.dense()
         split = through_relu(_responses(problem, sample, last), sample.outputs, rho)
         centre = split.mean(axis=0, dtype=np.float64)
-        image = (split.T @ sample.inputs).astype(np.float64) / len(split)
-        moved = image - dense @ program.metric
+        moved = _image(problem, sample, split) - dense @ program.metric
         target = dense + np.asarray(moved @ (program.pull / program.penalty), np.float64)
         found.append(_of_target(problem, metric, target, start, centre, sample.mean))
     return found
