@@ -298,6 +298,24 @@ def test_each_refit_lowers_the_error_on_its_own_columns(seed):
         assert problem.affine or not factors.bias_shift.any()
 
 
+@pytest.mark.parametrize("scale", [2.0**70, 2.0**-70])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_outputs_whose_float32_squares_overflow_change_nothing_but_the_scale(seed, scale):
+    problem, budget = make(seed, n=600), Budget(params=100)
+    bias = None if problem.bias is None else scale * problem.bias
+    far = dataclasses.replace(problem, weight=scale * problem.weight, bias=bias)
+    given = [Columns(c.inputs, pre_activation(far, c)) for c in (problem.columns, problem.checks)]
+    one = solve(problem, budget, method="admm")
+    for other in (far, dataclasses.replace(far, columns=given[0], checks=given[1])):
+        found = solve(other, budget, method="admm")
+        assert list(found.factors.kept) == list(one.factors.kept)
+        np.testing.assert_allclose(found.factors.dense() / scale, one.factors.dense(), atol=1e-4)
+        assert np.isfinite(found.history).all()
+        np.testing.assert_allclose(np.array(found.history) / scale**2, one.history, rtol=1e-3)
+        error, exact = (activation_error(p, f.factors, p.checks) for p, f in ((other, found), (problem, one)))
+        assert error == pytest.approx(exact, rel=1e-3)
+
+
 def planted(seed, taps, noise):
     """A layer of rank 2 beside 3 channels of 12, behind a ReLU; noise relative to entries of about 1."""
     rng = np.random.default_rng([seed, taps])

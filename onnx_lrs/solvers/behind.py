@@ -42,9 +42,14 @@ def activation_error(problem: Problem, factors: AnyFactors, columns: Columns) ->
         block = _part(columns, slice(start, start + BLOCK))
         exact = activated(pre_activation(problem, block), problem.activation)
         found = activated(block.inputs @ near + row, problem.activation)
-        lost += float(np.square(exact - found).sum(dtype=np.float64))
-        total += float(np.square(exact).sum(dtype=np.float64))
+        lost += _square_sum(exact - found)
+        total += _square_sum(exact)
     return float(np.sqrt(lost / total)) if total > 0 else 0.0
+
+
+def _square_sum(values: Floats) -> float:
+    """Return the sum of squares, squared in float64 too: float32 squares of 1e20 are infinite, of 1e-23 zero."""
+    return float(np.einsum("no,no->", values, values, dtype=np.float64))
 
 
 def first(columns: Columns, count: int) -> Columns:
