@@ -246,6 +246,14 @@ def test_methods_with_both_parts_take_any_split(name, seed):
             assert (found.factors.rank, len(found.factors.kept)) == (rank, channels)
 
 
+@pytest.mark.parametrize("name", ["lrs", "admm"])
+@pytest.mark.parametrize("where", ["zero weight", "dead channel", "equal columns", "constant input", "one sample"])
+def test_a_split_is_taken_where_channels_are_worth_nothing(name, where):
+    for channels in (4, 9):
+        found = solved(DEGENERATE[where], Budget(rank=0, channels=channels), name)
+        assert (found.factors.rank, len(found.factors.kept)) == (0, channels)
+
+
 # --- guaranteed errors ----------------------------------------------------------------------------------------------
 
 

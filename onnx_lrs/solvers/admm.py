@@ -206,7 +206,7 @@ def _beside(problem: Problem, counts: Sequence[int], multiple: int) -> list[Cand
     metric, target = damped(problem, damping), reduce_rows(problem.weight).target
     assert metric is not None  # a problem with columns has moments
     points = path(relaxation(target, metric, problem.taps), problem.channels)
-    supports = _truncated(points, counts)
+    supports = _truncated(points, counts, problem.channels)
     given, curves = seen(target, metric), []
     centre = problem.moments.mean if problem.moments is not None else None
     for support in supports:
@@ -217,11 +217,16 @@ def _beside(problem: Problem, counts: Sequence[int], multiple: int) -> list[Cand
     return candidates(problem, Family(curves, damping), multiple)
 
 
-def _truncated(points: Sequence[Indices], counts: Sequence[int]) -> list[Indices]:
-    """Return for each count the strongest channels of the points that hold at least as many and fewest above them."""
+def _truncated(points: Sequence[Indices], counts: Sequence[int], channels: int) -> list[Indices]:
+    """Return for each count the strongest channels of the points that hold at least as many and fewest above them.
+
+    If none holds as many, the point that holds most is filled up with other channels.
+    """
     found: dict[tuple[int, ...], Indices] = {(): NO_CHANNELS} if 0 in counts else {}
+    most = max(points, key=len)
+    filled = np.concatenate([most, np.setdiff1d(np.arange(channels), most)])
     for count in (c for c in counts if c):
-        enough = sorted((p for p in points if len(p) >= count), key=len)
+        enough = sorted((p for p in points if len(p) >= count), key=len) or [filled]
         for support in (p[:count] for p in enough[: len(RATIOS)]):
             found[tuple(sorted(support))] = support
     return list(found.values())
