@@ -163,7 +163,7 @@ def random_problem(seed, out, channels, taps, validation):
     return Problem(rng.standard_normal((out, d)), taps, moments(x), moments(z) if validation else None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 9999),
     out=st.integers(2, 12),
@@ -177,13 +177,13 @@ def test_the_history_falls_and_other_samples_are_not_worse_for_it(seed, out, cha
     candidate = chosen(problem, rank, count)
     factors, history = refit(problem, candidate)
     assert (np.diff(history) < 0).all()
-    assert objective(problem.weight, factors.dense(), problem.moments, problem.affine) == history[-1]
+    assert objective(problem.weight, factors.dense(), problem.moments, problem.affine) == pytest.approx(history[-1])
     assert (factors.rank, len(factors.kept)) == (rank, count)
     first, start = refit(problem, candidate, 0)
-    assert history[0] == start[0]
+    assert history[0] == pytest.approx(start[0], rel=1e-12)
     if validation:
         errors = [judged(problem.weight, f, problem.validation) for f in (factors, first)]
-        assert errors[0] <= errors[1]
+        assert errors[0] <= errors[1] * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("validation", [True, False])
