@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_lrs.solvers.behind import activation_error, bias_of, first, pre_activation
+from onnx_lrs.solvers.behind import BLOCK, activation_error, bias_of, first, pre_activation
 from onnx_lrs.solvers.channels import inverse_spd
 from onnx_lrs.solvers.closed_form import NO_CHANNELS, Family, best_within, candidates, kept_counts
 from onnx_lrs.solvers.loop import Run, Step, iterate
@@ -66,6 +66,8 @@ LIFT = 1.0  # rho of Z = M X + c: the weight of the fit behind the activation is
 STEPS = 8  # behind the ReLU
 ROUNDS = (0.1, 0.3, 1.0)  # rho of the refits behind the ReLU, rising (Zhang et al., TPAMI 2016)
 PER_WIDTH = 2  # columns used per feature; more moved no support that we saw and cost in proportion
+FAR = 1e12  # from 1: outputs larger, or smaller than its inverse, are scaled before float32 squares are formed
+NOTHING = 1e-3  # of T: an M below it counts as zero when residuals are taken relative to it
 NARROW = 512  # features from which float32 is used: the relaxed solution decides on support and rank only
 
 
@@ -128,12 +130,15 @@ class Relaxation:
         # (T - M) H = t (M - T - (G - T)) + ..., so that tr (T - M) H (T - M)^T needs no product with H
         loss = 0.5 * self.penalty * float(np.vdot(goal - middle, middle - self.target))
         moved = (low + sparse) - (state.low + state.sparse)
-        step = Step(loss + self.penalties(sparse, values, l1, l2), _relative(gap, middle), _relative(moved, middle))
+        primal, dual = _relative(gap, middle, self.target), _relative(moved, middle, self.target)
+        step = Step(loss + self.penalties(sparse, values, l1, l2), primal, dual)
         return State(middle, low, sparse, state.dual + gap, values), step
 
 
-def _relative(difference: Floats, to: Floats) -> float:
-    return float(np.linalg.norm(difference)) / max(float(np.linalg.norm(to)), 1e-30)
+def _relative(difference: Floats, to: Floats, whole: Floats) -> float:
+    """Return the size of a difference relative to ``to``; where nothing is left of ``whole``, to a share of that."""
+    size = max(float(np.linalg.norm(to)), NOTHING * float(np.linalg.norm(whole)))
+    return float(np.linalg.norm(difference)) / max(size, 1e-30)
 
 
 def relaxation(target: Array, metric: Array, taps: int) -> Relaxation:
@@ -191,11 +196,17 @@ def _candidates(problem: Problem, multiple: int, settings: Settings) -> list[Can
 
     The relaxed rank is one of these ranks; which is best within a budget the exact curve tells better.
     """
+    counts = kept_counts(problem.channels, min(problem.weight.shape), multiple)
+    return _beside(problem, [0, *counts], multiple)
+
+
+def _beside(problem: Problem, counts: Sequence[int], multiple: int) -> list[Candidate]:
+    """Return every rank beside the supports of the path that hold one of ``counts`` channels."""
     damping = choose_damping(problem)
     metric, target = damped(problem, damping), reduce_rows(problem.weight).target
     assert metric is not None  # a problem with columns has moments
     points = path(relaxation(target, metric, problem.taps), problem.channels)
-    supports = [NO_CHANNELS, *_truncated(points, kept_counts(problem.channels, len(target), multiple))]
+    supports = _truncated(points, counts, problem.channels)
     given, curves = seen(target, metric), []
     centre = problem.moments.mean if problem.moments is not None else None
     for support in supports:
@@ -206,18 +217,25 @@ def _candidates(problem: Problem, multiple: int, settings: Settings) -> list[Can
     return candidates(problem, Family(curves, damping), multiple)
 
 
-def _truncated(points: Sequence[Indices], counts: Sequence[int]) -> list[Indices]:
-    """Return for each count the strongest channels of the points that hold at least as many and fewest above them."""
-    found: dict[tuple[int, ...], Indices] = {}
-    for count in counts:
-        enough = sorted((p for p in points if len(p) >= count), key=len)
+def _truncated(points: Sequence[Indices], counts: Sequence[int], channels: int) -> list[Indices]:
+    """Return for each count the strongest channels of the points that hold at least as many and fewest above them.
+
+    If none holds as many, the point that holds most is filled up with other channels.
+    """
+    found: dict[tuple[int, ...], Indices] = {(): NO_CHANNELS} if 0 in counts else {}
+    most = max(points, key=len)
+    filled = np.concatenate([most, np.setdiff1d(np.arange(channels), most)])
+    for count in (c for c in counts if c):
+        enough = sorted((p for p in points if len(p) >= count), key=len) or [filled]
         for support in (p[:count] for p in enough[: len(RATIOS)]):
             found[tuple(sorted(support))] = support
     return list(found.values())
 
 
 def _choose(problem: Problem, budget: Budget, settings: Settings) -> Candidate | None:
-    return best_within(_candidates(problem, budget.multiple, settings), budget)
+    if budget.channels is None:
+        return best_within(_candidates(problem, budget.multiple, settings), budget)
+    return best_within(_beside(problem, [budget.channels], 1), budget)  # any split, not only those on the curves
 
 
 # ------------------------------------------------------------------------------------------------ behind the activation
@@ -265,8 +283,8 @@ def behind_relu(problem: Problem, sample: Sample, start: Factors, steps: int, to
         loss = 0.5 * float(np.square(np.maximum(values, 0) - sample.outputs).sum(dtype=np.float64)) / width
         step = Step(
             loss + program.penalties(sparse, singular, l1, l2),
-            max(_relative(gap, middle), _relative(lag, split)),
-            _relative(low + sparse - now.state.low - now.state.sparse, middle),
+            max(_relative(gap, middle, program.target), _relative(lag, split, sample.outputs)),
+            _relative(low + sparse - now.state.low - now.state.sparse, middle, program.target),
         )
         return Lifted(State(middle, low, sparse, now.state.dual + gap, singular), split, now.lift + lag), step
 
@@ -284,10 +302,16 @@ def _middle(problem: Problem, sample: Sample, now: Lifted) -> tuple[Floats, Floa
     """Return M and M X + c after their step: the regression of Z + lift on x, pulled toward L + S + dual by t."""
     wanted, program = now.split + now.lift, sample.program
     goal = now.state.low + now.state.sparse + now.state.dual
-    image = (wanted.T @ sample.inputs).astype(goal.dtype) / len(wanted)
+    image = _image(problem, sample, wanted).astype(goal.dtype)
     middle = goal + (image - goal @ program.metric) @ (program.pull / program.penalty)
     constant = wanted.mean(axis=0, dtype=np.float64) if problem.affine else bias_of(problem)
     return middle, sample.inputs @ middle.T.astype(np.float32) + constant.astype(np.float32)
+
+
+def _image(problem: Problem, sample: Sample, wanted: Floats) -> Floats:
+    """Return E[(wanted - c) x^T], (out, d) float32; centred columns need no c, without them it is the bias."""
+    free = wanted if problem.affine or problem.bias is None else wanted - bias_of(problem).astype(np.float32)
+    return np.asarray(free.T @ sample.inputs) / np.float32(len(wanted))
 
 
 def _just_keeping(program: Relaxation, middle: Floats, state: State, kept: tuple[int, int]) -> tuple[float, float]:
@@ -315,8 +339,7 @@ def refitted(problem: Problem, sample: Sample, start: Factors, metric: Array) ->
         dense = last.dense()
         split = through_relu(_responses(problem, sample, last), sample.outputs, rho)
         centre = split.mean(axis=0, dtype=np.float64)
-        image = (split.T @ sample.inputs).astype(np.float64) / len(split)
-        moved = image - dense @ program.metric
+        moved = _image(problem, sample, split) - dense @ program.metric
         target = dense + np.asarray(moved @ (program.pull / program.penalty), np.float64)
         found.append(_of_target(problem, metric, target, start, centre, sample.mean))
     return found
@@ -333,12 +356,51 @@ def _of_target(problem: Problem, metric: Array, target: Array, like: Factors, ce
 
 
 def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
-    """Fit one rank and number of channels; behind a ReLU the best of several iterates on the checks (or columns)."""
+    """Fit one rank and number of channels: linearly, then behind the ReLU if there is one."""
     metric = damped(problem, chosen.damping)
     assert metric is not None
     linear = _linear(problem, metric, chosen.support, chosen.rank)
     if problem.activation != "relu" or problem.columns is None:
         return finished(problem, linear)
+    unit = _unit(problem)
+    best, run = _fit_behind(_in_units(problem, unit), chosen, _scaled(linear, 1 / unit), metric, settings)
+    history = tuple(value * unit**2 for value in run.history)
+    return dataclasses.replace(finished(problem, _scaled(best, unit), history), residuals=run.residuals)
+
+
+def _unit(problem: Problem) -> float:
+    """Return 1, or a power of two like the layer's outputs where float32 squares of those would not do."""
+    assert problem.columns is not None
+    size = float(np.abs(pre_activation(problem, first(problem.columns, BLOCK))).max())
+    return 1.0 if size == 0 or 1 / FAR < size < FAR else float(2.0 ** np.round(np.log2(size)))
+
+
+def _in_units(problem: Problem, unit: float) -> Problem:
+    """Return the problem with its outputs divided by ``unit``; a ReLU commutes with that."""
+    if unit == 1:
+        return problem
+
+    def part(columns: Columns | None) -> Columns | None:
+        if columns is None or columns.outputs is None:
+            return columns
+        return dataclasses.replace(columns, outputs=columns.outputs / np.float32(unit))
+
+    bias = None if problem.bias is None else problem.bias / unit
+    weight, columns, checks = problem.weight / unit, part(problem.columns), part(problem.checks)
+    return dataclasses.replace(problem, weight=weight, bias=bias, columns=columns, checks=checks)
+
+
+def _scaled(factors: Factors, by: float) -> Factors:
+    """Return the factors of ``by`` times the matrix and the shift."""
+    right, sparse, bias_shift = (by * part for part in (factors.right, factors.sparse, factors.bias_shift))
+    return dataclasses.replace(factors, right=right, sparse=sparse, bias_shift=bias_shift)
+
+
+def _fit_behind(
+    problem: Problem, chosen: Candidate, linear: Factors, metric: Array, settings: Settings
+) -> tuple[Factors, Run[Lifted]]:
+    """Return the best of several iterates behind the ReLU on the checks (or columns), and the run of the ADMM."""
+    assert problem.columns is not None
     sample = _sample(problem, problem.columns)
     steps = STEPS if settings.steps is None else settings.steps
     run = behind_relu(problem, sample, linear, steps, settings.tolerance)
@@ -350,8 +412,7 @@ def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
         found += refitted(problem, sample, _linear(problem, metric, support, chosen.rank), metric)
     judges = problem.checks or problem.columns
     errors = [activation_error(problem, factors, judges) for factors in found]
-    best = finished(problem, found[int(np.argmin(errors))])
-    return dataclasses.replace(best, history=run.history, residuals=run.residuals)
+    return found[int(np.argmin(errors))], run
 
 
 def _linear(problem: Problem, metric: Array, support: Indices, rank: int) -> Factors:

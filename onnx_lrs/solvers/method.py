@@ -8,7 +8,17 @@ from collections.abc import Callable
 import numpy as np
 
 from onnx_lrs.solvers.moments import Moments, moments_of
-from onnx_lrs.solvers.problem import AnyFactors, Budget, Candidate, Problem, Settings, Solution, Status, objective
+from onnx_lrs.solvers.problem import (
+    LARGEST,
+    AnyFactors,
+    Budget,
+    Candidate,
+    Problem,
+    Settings,
+    Solution,
+    Status,
+    objective,
+)
 
 Candidates = Callable[[Problem, int, Settings], list[Candidate]]
 Chosen = Callable[[Problem, Budget, Settings], Candidate | None]
@@ -90,9 +100,10 @@ class Method:
 
 
 def _largest_useful(problem: Problem, budget: Budget) -> int:
-    """Return the largest rank that the matrix has and that, beside the sparse part, still saves parameters."""
+    """Return the largest rank that the matrix has and that, beside the sparse part, is worth a candidate."""
     sparse = (budget.channels or 0) * problem.taps * problem.out + (budget.elements or 0)
-    return min(problem.out, problem.d, max(problem.params - 1 - sparse, 0) // problem.rank_cost)
+    most = min(int(LARGEST * problem.params), problem.params - 1)
+    return min(problem.out, problem.d, max(most - sparse, 0) // problem.rank_cost)
 
 
 def with_moments(problem: Problem) -> Problem:
