@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -33,6 +33,7 @@ from onnx_lrs.solvers.moments import Accumulator, Moments
 from onnx_lrs.solvers.problem import Array, Factors, Problem, Solution, Status, objective
 
 Real = NDArray[Any]  # float32 or float64, one of them throughout a Region
+Chosen = TypeVar("Chosen")
 Prox = Callable[[Real, float], tuple[Real, float]]
 
 LARGE = 3e7  # multiply-adds of one product X U^T from which the iterations run in float32
@@ -41,7 +42,6 @@ ROUNDING = 1e-12  # of the responses' size: how far inside the limit a bias is s
 SLIGHT = 1e-5  # of eps: an excess elsewhere that is rounding, where the exact bias is set afterwards
 REGULAR = 1e-6  # of the mean diagonal of X^T X: makes it regular in float32 too, without moving an answer
 TRIES = (100, 25)  # steps after which a structure that is not in the set is given up: float64 and float32 problems
-STEPS = (3000, 300)  # of the convex program, likewise
 FULL = 50  # steps of the search for any weight in the set
 SLOW = 1e-4  # relative fall of the squared distance at which a fit ends
 PATIENCE = 4  # steps over which the rate of descent is measured
@@ -617,14 +617,9 @@ def _refitted(here: Region) -> Point:
     return point
 
 
-def tries(here: Region) -> int:
-    """Return how many steps :func:`chase` may take: fewer where a step costs more than milliseconds."""
-    return TRIES[here.inputs.dtype == np.float32]
-
-
-def convex_steps(here: Region) -> int:
-    """Return the default limit of the splitting's steps, likewise."""
-    return STEPS[here.inputs.dtype == np.float32]
+def by_size(here: Region, choices: tuple[Chosen, Chosen]) -> Chosen:
+    """Return the first of two settings where a step costs milliseconds (float64), the second where it costs more."""
+    return choices[here.inputs.dtype == np.float32]
 
 
 def chase(here: Region, goal: Region, fitted: Fitted, start: Point, steps: int) -> tuple[Point, bool]:

@@ -41,7 +41,8 @@ from onnx_lrs.solvers.spectral import choose_damping
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
 FORM = "low-rank"
-LOOSER = 10.0  # times the tolerance, for the convex program of a guarantee: only its singular directions are used
+STEPS = (3000, 300)  # of the convex program of a guarantee: float64 and float32 problems
+LOOSER = (10.0, 100.0)  # times the tolerance where only its singular directions are used, likewise
 DESCENTS = 12  # steps of a fit to a budget; more move the error by less than a percent
 FINE = 64  # the rank is found to one part in this (exactly up to this rank)
 EXACT = 256  # rows up to which the eigenvectors are computed afresh in each step; above, one block power step
@@ -144,7 +145,9 @@ def within_error(problem: Problem, gain: float, settings: Settings) -> Solution:
     here = on.region(problem, eps)
     if eps == 0.0 < scale:  # only rounding tells the layer itself from a factorisation of it
         return on.unreduced(problem, here, eps, allowed)
-    run = relax(here.goal(), None, (settings.steps or on.convex_steps(here), LOOSER * settings.tolerance))
+    run = relax(
+        here.goal(), None, (settings.steps or on.by_size(here, STEPS), on.by_size(here, LOOSER) * settings.tolerance)
+    )
     found = lowest_rank(problem, here, run.last.weight, eps)
     if found is None:
         return on.unreduced(problem, here, eps, allowed)
@@ -191,7 +194,7 @@ def attempt(here: Region, root: Real, starts: list[tuple[Real, Real]], rank: int
     for point in points:
         if on.admitted(inner, point):
             return point
-    point, found = on.chase(inner, here.goal(), regression(here, root, rank), best, on.tries(here))
+    point, found = on.chase(inner, here.goal(), regression(here, root, rank), best, on.by_size(here, on.TRIES))
     return point if found else None
 
 

@@ -35,7 +35,8 @@ from onnx_lrs.solvers.spectral import choose_damping
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
 FORM = "elements"
-LOOSER = 10.0  # times the tolerance, for the convex program of a guarantee: only its support is used
+STEPS = (3000, 300)  # of the convex program of a guarantee: float64 and float32 problems
+LOOSER = (10.0, 30.0)  # times the tolerance where only its support is used, likewise
 AGAIN = (40, 1e-2)  # steps and residuals of the reweighted program
 SHARP = 0.1  # of the root mean square of the entries kept: what the reweighting takes for small
 FINE = 1 / 64  # the least share of the entries whose removal is tried (at least one entry)
@@ -159,7 +160,9 @@ def within_error(problem: Problem, gain: float, settings: Settings) -> Solution:
     if nothing.keeps_to(eps):
         return _solution(problem, factors_of(here, np.zeros_like(here.weight), nothing.shift), nothing, allowed)
     solver, goal = on.system(here), here.goal()
-    run = relax(goal, None, (settings.steps or on.convex_steps(here), LOOSER * settings.tolerance), solver)
+    run = relax(
+        goal, None, (settings.steps or on.by_size(here, STEPS), on.by_size(here, LOOSER) * settings.tolerance), solver
+    )
     found = fewest(problem, here, (run.last.weight, reweighted(goal, run, solver), here.weight), eps)
     if found is None:
         return on.unreduced(problem, here, eps, allowed)
@@ -219,7 +222,7 @@ def attempt(here: Region, weight: Real, count: int) -> Real | None:
     """
     inner, mask = here.inner(), largest(scores(here, weight), count)
     fitted = on_support(here, on.strength_of(here, on.REGULAR), mask)
-    point, found = on.chase(inner, here.goal(), fitted, supported(inner, weight, mask), on.tries(here))
+    point, found = on.chase(inner, here.goal(), fitted, supported(inner, weight, mask), on.by_size(here, on.TRIES))
     if found:
         return point.weight
     if here.affine:
