@@ -16,6 +16,7 @@ Without --model it is the shipped LeNet-5 with its 1,000 calibration digits, or 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -462,26 +463,36 @@ def reading(networks: Sequence[Cells]) -> list[str]:
 def comparisons(cells: Cells, budget: str) -> list[str]:
     """Return on how many layers the combined methods are better than the better baseline, one line a method."""
     present = [method for method in COMBINED if method in cells.methods]
-    groups_of = [(method,) for method in present] + ([tuple(present)] if len(present) > 1 else [])
-    lines = []
-    for group in groups_of:
-        both = [(_least(cells, la, group, budget), _least(cells, la, BASELINES, budget)) for la in cells.layers]
-        ratios = [own / base for own, base in both if own is not None and base]
-        if not ratios:
-            continue
-        lower = sum(ratio < 1 - SAME for ratio in ratios)
-        higher = sum(ratio > 1 + SAME for ratio in ratios)
-        who = group[0] if len(group) == 1 else f"the best of {', '.join(group)}"
-        lines.append(
-            f"- {cells.network}: {who} is lower on {lower}, equal (within {SAME:.1%}) on {len(ratios) - lower - higher}"
-            f", higher on {higher} of {len(ratios)} layers; median ratio {statistics.median(ratios):.3f}."
-        )
-    return lines
+    sets = [(method,) for method in present] + ([tuple(present)] if len(present) > 1 else [])
+    return [line for methods in sets if (line := comparison(cells, methods, budget))]
 
 
-def _least(cells: Cells, layer: str, methods: Sequence[str], budget: str) -> float | None:
-    errors = [cells.error(layer, method, budget) for method in methods]
-    return min((error for error in errors if error is not None), default=None)
+def comparison(cells: Cells, methods: Sequence[str], budget: str) -> str | None:
+    """Return on how many layers the best of some methods is better than the best baseline; None if nothing is known.
+
+    The forms of the better ones are counted too: a form that no baseline has says nothing about combining.
+    """
+    pairs = [(_best(cells, la, methods, budget), _best(cells, la, BASELINES, budget)) for la in cells.layers]
+    alone = sum(own is not None and base is None for own, base in pairs)
+    known = [(own, base) for own, base in pairs if own and base and base["activation_error"]]
+    if not known:
+        return None
+    ratios = [own["activation_error"] / base["activation_error"] for own, base in known]
+    lower = [own["form"] for (own, _), ratio in zip(known, ratios, strict=True) if ratio < 1 - SAME]
+    higher = sum(ratio > 1 + SAME for ratio in ratios)
+    forms = ", ".join(f"{count} {form}" for form, count in collections.Counter(lower).most_common())
+    who = methods[0] if len(methods) == 1 else f"the best of {', '.join(methods)}"
+    return (
+        f"- {cells.network}: {who} is lower on {len(lower)}{f' ({forms})' if forms else ''}, equal (within {SAME:.1%}) "
+        f"on {len(ratios) - len(lower) - higher}, higher on {higher} of {len(ratios)} layers; median ratio "
+        f"{statistics.median(ratios):.3f}{f'; no baseline keeps to the budget on {alone} more' if alone else ''}."
+    )
+
+
+def _best(cells: Cells, layer: str, methods: Sequence[str], budget: str) -> Record | None:
+    found = [cells.at(layer, method, budget) for method in methods]
+    known = [record for record in found if record and record.get("activation_error") is not None]
+    return min(known, key=lambda record: record["activation_error"], default=None)
 
 
 def effect_of_admm(cells: Cells) -> str | None:
