@@ -1,0 +1,185 @@
+"""The measuring tools as a newcomer calls them: tiny settings, their own processes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPARE = ("compare_methods.py", "--layers", "conv2", "--methods", "hsvd", "magnitude", "--budgets", "1/4")
+SMALL = ("--limit-images", "60", "--multiple", "1", "--threads", "1")
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    tool, *rest = map(str, arguments)
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(ROOT / "tools" / tool), *rest]
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Call a tool in this process, for what needs no fresh one."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        code = 0
+        try:
+            importlib.import_module(name).main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cells") / "cells.jsonl"
+    done = call(*COMPARE, *SMALL, "--out", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_the_benchmark_gives_a_ratio_for_every_method():
+    # there are 4 channels, of which the multiple keeps at least 8
+    chosen = ("--methods", "hsvd", "lrs", "channels", "--rounds", 1)
+    done = call("bench_solvers.py", "--d", 36, "--n", 200, *chosen, "--markdown", "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    header, _, row = ([c.strip() for c in x.strip("|").split("|")] for x in done.stdout.splitlines() if x[:1] == "|")
+    assert header == ["d", "X^T X (s)", "rounds", "hsvd", "lrs", "channels"]
+    d, gram, rounds, *ratios = map(float, row[:-1])
+    assert (d, rounds) == (36, 1)
+    assert gram > 0
+    assert all(ratio > 0 for ratio in ratios)
+    assert row[-1] == "failed"
+    assert "channels failed at d = 36: RuntimeError: INFEASIBLE." in done.stdout
+    assert "greedy at d = 4608: promised at most 3, not measured in this run." in done.stdout
+    assert "AVX-512" in done.stdout
+
+
+def test_a_cell_says_what_was_reached_and_how(cells):
+    low_rank, kept = records(cells)
+    assert [low_rank["method"], kept["method"]] == ["hsvd", "magnitude"]
+    for record in (low_rank, kept):
+        assert (record["model"], record["layer"], record["budget"]) == ("lenet5", "conv2", "1/4")
+        assert record["status"] == "SOLVED"
+        assert record["params"] <= record["dense_params"] // 4
+        assert 0 < record["activation_error"] < 2
+        assert record["seconds"] > 0
+        assert record["columns"]["judge"]["sampled"] > 0
+    assert (low_rank["rank"] > 0, low_rank["channels"]) == (True, 0)
+    assert (kept["rank"], kept["channels"] > 0) == (0, True)
+
+
+def test_cells_that_are_there_are_not_computed_again(cells, tmp_path):
+    copy = tmp_path / "cells.jsonl"
+    first, second = cells.read_text().splitlines(keepends=True)
+    copy.write_text(first + second[:40])  # stopped while it wrote the second cell
+    done = call(*COMPARE, *SMALL, "--out", copy)
+    assert done.returncode == 0, done.stderr
+    assert "1 cells to fill" in done.stderr
+    assert copy.read_text().splitlines(keepends=True)[0] == first
+    again, before = records(copy)[1], json.loads(second)
+    assert again["method"] == before["method"]
+    assert again["activation_error"] == pytest.approx(before["activation_error"], rel=1e-6)
+
+
+def test_cells_of_other_settings_do_not_join_a_file(cells):
+    before = cells.read_text()
+    done = call(*COMPARE, "--limit-images", "50", "--multiple", "1", "--threads", "1", "--out", cells)
+    assert done.returncode == 2
+    assert "holds cells of lenet5 with images 60, not 50" in done.stderr
+    assert cells.read_text() == before
+
+
+def test_the_tables_hold_the_figures_of_the_file(cells, tool):
+    code, out, _ = tool("compare_methods", "--render", cells, "--details")
+    assert code == 0
+    low_rank, kept = records(cells)
+    best = min(low_rank, kept, key=lambda record: record["activation_error"])
+    (row,) = [line for line in out.splitlines() if "conv2 (50 x 500)" in line and "+" not in line]
+    errors = [float(cell.strip(" *")) for cell in row.strip("|").split("|")[1:]]
+    assert errors == pytest.approx([100 * r["activation_error"] for r in (low_rank, kept)], rel=0.01)
+    assert row.count("**") == 2
+    assert f"**{100 * best['activation_error']:.1f}**" in row
+    assert f"| {low_rank['rank']} + 0 ({low_rank['share']:.1%}) |" in out
+
+
+def made_up(layer: str, method: str, error: float | None, **more: object) -> dict:
+    known = {"activation_error": error, "linear_error": error, "objective": error, "params": 10, "share": 0.25}
+    known |= {"form": "low-rank + channels", "rank": 1, "channels": 8, "elements": 0}
+    common = {"model": "net", "layer": layer, "method": method, "budget": "1/4", "op": "Gemm", "out": 4, "d": 10}
+    settings = {"data": "made up", "images": 10, "seed": 0, "multiple": 1, "memory": 1, "machine": "paper"}
+    return common | settings | {"status": "SOLVED", "seconds": 2.0} | (known if error is not None else {}) | more
+
+
+def test_the_reading_counts_layers_and_what_the_admm_changed(tmp_path, tool):
+    path = tmp_path / "cells.jsonl"
+    lines = [
+        *[made_up("a", "lrs", 0.1), made_up("a", "lrs without ADMM", 0.2), made_up("a", "hsvd", 0.4)],
+        *[made_up("b", "lrs", 0.3), made_up("b", "lrs without ADMM", 0.3), made_up("b", "hsvd", 0.3)],
+        *[made_up("c", "lrs", 0.3), made_up("c", "svd", 0.2), made_up("c", "hsvd", 0.6)],
+        made_up("c", "admm", None, status="FAILED", failed="ValueError: broken"),
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, _ = tool("compare_methods", "--render", path)
+    assert code == 0
+    assert (
+        "- net: lrs is lower on 1 (1 low-rank + channels), equal (within 0.1%) on 1, higher on 1 of 3 layers; "
+        "median ratio 1.000." in out
+    )
+    assert "- net: changed 1 of 2 results, on 1 of 3 layers; where it did: J -50.00%" in out
+    assert "| failed |" in out
+    assert "- admm failed on c at 1/4: ValueError: broken" in out
+
+
+def test_the_accuracy_of_the_fully_connected_layers(tmp_path, tool):
+    path = tmp_path / "fc.jsonl"
+    wanted = ("--methods", "svd", "--splits", "--limit-images", 100, "--threads", 1, "--out", path)
+    done = call("lenet_fully_connected.py", *wanted)
+    assert done.returncode == 0, done.stderr
+    (record,) = records(path)
+    assert record["kept"] <= 0.068
+    assert record["stored"] == record["kept"]  # factors need no indices
+    assert record["dense_accuracy"] == 0.992  # models/README.md
+    assert 0.1 < record["accuracy"] <= 1
+    code, _, told = tool("lenet_fully_connected", *wanted)
+    assert (code, told) == (0, "0 lines to measure\n")
+    assert len(records(path)) == 1
+    code, out, _ = tool("lenet_fully_connected", "--render", path)
+    assert code == 0
+    assert f"| {record['kept']:.2%} |" in out
+    assert f"| {record['accuracy']:.2%} |" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bench_solvers", "--d", 37), "--d 37"),
+        (("bench_solvers", "--methods", "best"), "unknown 'best'; there are 'lrs'"),
+        (("compare_methods", "--out", "x", "--budgets", "2"), "'2' is no fraction between 0 and 1"),
+        (("compare_methods", "--out", "x", "--layers", "conv9"), "matches no layer; there are conv2, fc1, fc2"),
+        (("compare_methods", "--render", "missing.jsonl"), "missing.jsonl holds no cells"),
+        (("lenet_fully_connected", "--out", "x", "--methods", "best"), "unknown 'best'"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_named(arguments, message, tmp_path, monkeypatch, tool):
+    monkeypatch.chdir(tmp_path)
+    code, _, told = tool(*arguments)
+    assert code == 2
+    assert message in told
+    assert not list(tmp_path.iterdir())
