@@ -12,6 +12,7 @@ from onnx_lrs.solvers import Budget, Factors, Problem, Settings, Status, admm, s
 from onnx_lrs.solvers.behind import BLOCK, activation_error, bias_of, first, pre_activation
 from onnx_lrs.solvers.moments import moments_of
 from onnx_lrs.solvers.problem import Columns
+from onnx_lrs.solvers.reference import low_rank_plus_groups
 from onnx_lrs.solvers.spectral import damped
 
 OUT, D, N = 10, 15, 60
@@ -72,20 +73,6 @@ def plain_objective(data, parts, taps, l1, l2, middle=None):
     groups = sum(np.linalg.norm(sparse[:, g : g + taps]) for g in range(0, sparse.shape[1], taps))
     loss = 0.5 * np.sum((y - x @ middle.T) ** 2) / len(x)
     return loss + l1 * np.sqrt(taps) * groups + l2 * np.linalg.norm(low, "nuc")
-
-
-def low_rank_plus_groups(target, inputs, taps, l1, l2):
-    """The same program in cvxpy (a copy of what solvers/reference.py offers under this name)."""
-    cp = pytest.importorskip("cvxpy")
-    n, d = inputs.shape
-    low = cp.Variable((target.shape[1], d))
-    sparse = cp.Variable((target.shape[1], d))
-    fit = cp.sum_squares(target - inputs @ (low + sparse).T) / (2 * n)
-    groups = [cp.norm(sparse[:, g : g + taps], "fro") for g in range(0, d, taps)]
-    problem = cp.Problem(cp.Minimize(fit + l1 * np.sqrt(taps) * sum(groups) + l2 * cp.normNuc(low)))
-    value = problem.solve(solver="CLARABEL")
-    assert problem.status == "optimal"
-    return float(value), low.value, sparse.value
 
 
 # --- the convex program ---------------------------------------------------------------------------------------------

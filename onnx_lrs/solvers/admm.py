@@ -65,7 +65,8 @@ PENALTY = 0.1  # t relative to the mean diagonal of H
 LIFT = 1.0  # rho of Z = M X + c: the weight of the fit behind the activation is 1 as well
 STEPS = 8  # behind the ReLU
 ROUNDS = (0.1, 0.3, 1.0)  # rho of the refits behind the ReLU, rising (Zhang et al., TPAMI 2016)
-PER_WIDTH = 2  # columns used per feature; more moved no support that we saw and cost in proportion
+PER_WIDTH = 2  # columns per feature that are used at least, where there are as many
+WORK = 3 << 33  # multiply-adds of one product with the columns, up to which more of them are used
 FAR = 1e12  # from 1: outputs larger, or smaller than its inverse, are scaled before float32 squares are formed
 NOTHING = 1e-3  # of T: an M below it counts as zero when residuals are taken relative to it
 NARROW = 512  # features from which float32 is used: the relaxed solution decides on support and rank only
@@ -255,7 +256,7 @@ class Sample:
 
 
 def _sample(problem: Problem, columns: Columns) -> Sample:
-    used = first(columns, PER_WIDTH * problem.d)
+    used = first(columns, max(PER_WIDTH * problem.d, WORK // problem.params))
     outputs = np.maximum(pre_activation(problem, used), 0)
     mean = used.inputs.mean(axis=0, dtype=np.float64) * problem.affine
     inputs = used.inputs - mean.astype(np.float32)
