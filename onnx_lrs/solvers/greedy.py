@@ -54,7 +54,8 @@ COARSE = 2  # the elimination halves the channels in a round
 RECHOOSE = 3  # iterations between two choices of channels
 BLOCKS = 4  # in which the rank grows
 STEPS = 12  # iterations at full rank; J falls by less than 1e-3 of itself after ten
-QUICK = 2  # iterations that decide between splits of a budget
+QUICK = (2, 1)  # blocks and iterations that decide between splits of a budget
+WIDE = 2048  # columns from which the weaker half of the channels is not eliminated one by one
 DESCENTS = 3  # conjugate gradient steps for the entries of S in one iteration
 POLISH = 20  # and at the end
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a budget for the low-rank part
@@ -97,18 +98,49 @@ class State:
         return self.left @ self.right
 
 
-def task(problem: Problem, damping: float, elements: bool) -> Task:
-    """Return a problem made ready, with nothing in S; without moments H is the identity."""
+def task(problem: Problem, damping: float, elements: bool, order: Indices | None = None) -> Task:
+    """Return a problem made ready, with nothing in S; without moments H is the identity.
+
+    ``order`` names the channels to begin with, most useful first, if they are known.
+    """
     metric = damped(problem, damping)
     # single entries would be lost by turning the rows
     reduced = Reduced(problem.weight, None) if elements else reduce_rows(problem.weight)
     exact = np.eye(problem.d) if metric is None else metric
-    order = NO_CHANNELS if elements else eliminate(reduced.target, exact, problem.taps, COARSE)
+    if order is None:
+        order = NO_CHANNELS if elements else _ordered(reduced.target, exact, problem.taps)
     dtype = np.float32 if problem.d >= NARROW else np.float64
     return Task(reduced.target.astype(dtype), exact.astype(dtype), exact, reduced, problem.taps, 0, elements, order)
 
 
-def decompose(given: Task, rank: int, steps: int, settings: Settings) -> Run[State]:
+def _ordered(target: Array, metric: Array, taps: int) -> Indices:
+    """Return all channels, most useful first: by a coarse elimination, of wide layers only within the stronger half.
+
+    Half of the columns cost an eighth of the factorisation; strong are those with a large tr(T_g H_gg T_g^T).
+    """
+    if target.shape[1] < WIDE:
+        return eliminate(target, metric, taps, COARSE)
+    strength = _block_norms(target, _blocks(metric, taps))
+    ranking = np.argsort(-strength, kind="stable")
+    strong = np.sort(ranking[: len(ranking) // 2])
+    columns = columns_of(strong, taps)
+    inside = eliminate(target[:, columns], metric[np.ix_(columns, columns)], taps, COARSE)
+    return np.concatenate([strong[inside], ranking[len(strong) :]]).astype(np.int64)
+
+
+def _blocks(metric: Floats, taps: int) -> Floats:
+    """Return the blocks H_gg of the channels, (channels, taps, taps)."""
+    start, tap = np.arange(len(metric) // taps)[:, None, None] * taps, np.arange(taps)
+    return np.asarray(metric[start + tap[:, None], start + tap])
+
+
+def _block_norms(matrix: Floats, blocks: Floats) -> Array:
+    """Return tr(M_g H_gg M_g^T) of every channel, (channels,) float64."""
+    parts = matrix.reshape(-1, *blocks.shape[:2]).transpose(1, 2, 0)
+    return np.asarray(np.einsum("kab,kab->k", blocks, parts @ parts.transpose(0, 2, 1)), np.float64)
+
+
+def decompose(given: Task, rank: int, steps: int, settings: Settings, blocks: int = BLOCKS) -> Run[State]:
     """Grow the rank in blocks, then iterate at full rank; the best iterate is ``run.best``.
 
     Parameters
@@ -121,11 +153,13 @@ def decompose(given: Task, rank: int, steps: int, settings: Settings) -> Run[Sta
         Limit of the iterations at full rank.
     settings : Settings
         ``seed`` of the random rows and ``tolerance`` of the relative fall of J.
+    blocks : int
+        In which the rank grows.
     """
     rng = np.random.default_rng(settings.seed)
     nothing = np.zeros_like(given.target)
     state = State(given.target[:, :0], given.target[:0], nothing, nothing.astype(bool), np.inf, 0.0)
-    for block in np.diff(np.linspace(0, rank, min(BLOCKS, rank) + 1).astype(int)):
+    for block in np.diff(np.linspace(0, rank, min(blocks, rank) + 1).astype(int)):
         left = given.target - state.low - state.sparse
         mix = rng.standard_normal((int(block), len(left))).astype(left.dtype)
         state = _advance(given, dataclasses.replace(state, right=np.concatenate([state.right, mix @ left])), True)
@@ -169,7 +203,8 @@ def _channels(given: Task, left: Floats, mask: Mask) -> Floats:
     sparse = np.zeros_like(given.target)
     if len(columns):
         rest = given.target - left @ (left.T @ given.target) if left.size else given.target
-        factor = scipy.linalg.cho_factor(given.metric[np.ix_(columns, columns)], lower=True, check_finite=False)
+        # float64: LAPACK's float32 Cholesky takes five times as long at this size
+        factor = scipy.linalg.cho_factor(given.exact[np.ix_(columns, columns)], lower=True, check_finite=False)
         solved = scipy.linalg.cho_solve(factor, (rest @ given.metric[:, columns]).T, check_finite=False)
         sparse[:, columns] = solved.T
     return sparse
@@ -183,9 +218,7 @@ def _chosen_channels(given: Task, low: Floats, now: State) -> Mask:
     channels = given.target.shape[1] // given.taps
     chosen = given.order[: given.count]
     if now.mask.any():
-        start = np.arange(channels)[:, None, None] * given.taps
-        tap = np.arange(given.taps)
-        blocks = given.metric[start + tap[:, None], start + tap]
+        blocks = _blocks(given.metric, given.taps)
         gradient = (given.target - low - now.sparse) @ given.metric
         parts, slopes = (m.reshape(-1, channels, given.taps).transpose(1, 2, 0) for m in (now.sparse, gradient))
         parts = parts + np.linalg.solve(blocks, slopes)
@@ -280,12 +313,14 @@ def _split(problem: Problem, size: float, share: float, multiple: int, elements:
     return rank, min(count, problem.channels) if share < 1 else 0
 
 
-def _solved(problem: Problem, given: Task, wanted: Candidate, steps: int, settings: Settings) -> Solution:
+def _run(given: Task, wanted: Candidate, growth: tuple[int, int], settings: Settings) -> Run[State]:
     given = dataclasses.replace(given, count=wanted.elements or len(wanted.support))
-    rank = min(wanted.rank, *given.target.shape)
-    run = decompose(given, rank, steps, settings)
-    found = finished(problem, _finish(problem, given, run.best), run.history)
-    return dataclasses.replace(found, residuals=run.residuals)
+    blocks, steps = growth
+    return decompose(given, min(wanted.rank, *given.target.shape), steps, settings, blocks)
+
+
+def _quick(problem: Problem, given: Task, wanted: Candidate) -> AnyFactors:
+    return _finish(problem, given, _run(given, wanted, QUICK, Settings()).best)
 
 
 def _priced(problem: Problem, given: Task, wanted: tuple[int, int], damping: float) -> Candidate | None:
@@ -299,15 +334,12 @@ def _priced(problem: Problem, given: Task, wanted: tuple[int, int], damping: flo
     chosen = Candidate(
         form, rank, params, 0.0, NO_CHANNELS if elements else np.arange(count), damping, count if elements else 0
     )
-    found = _solved(problem, given, chosen, QUICK, Settings()).factors
-    assert found is not None
-    judge = problem.validation or problem.moments
-    if judge is None:
-        difference = problem.weight - found.dense()
-        loss = float(np.vdot(difference, difference)) / max(float(np.vdot(problem.weight, problem.weight)), 1e-300)
+    state = _run(given, chosen, QUICK, Settings()).best
+    if problem.validation is None:
+        loss = state.error / max(float(np.vdot(given.target @ given.metric, given.target)), 1e-300)
     else:
-        loss = judged(problem.weight, found, judge, problem.affine) ** 2
-    support = found.kept if isinstance(found, Factors) else NO_CHANNELS
+        loss = judged(problem.weight, _finish(problem, given, state), problem.validation, problem.affine) ** 2
+    support = NO_CHANNELS if elements else np.flatnonzero(state.mask[0, :: given.taps]).astype(np.int64)
     return dataclasses.replace(chosen, loss=loss, support=support)
 
 
@@ -337,8 +369,10 @@ def _choose(problem: Problem, budget: Budget, settings: Settings) -> Candidate |
 
 def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
     steps = STEPS if settings.steps is None else settings.steps
-    given = task(problem, chosen.damping, chosen.elements > 0)
-    return _solved(problem, given, chosen, steps, settings)
+    given = task(problem, chosen.damping, chosen.elements > 0, chosen.support)
+    run = _run(given, chosen, (BLOCKS, steps), settings)
+    found = finished(problem, _finish(problem, given, run.best), run.history)
+    return dataclasses.replace(found, residuals=run.residuals)
 
 
 def _damping(problem: Problem) -> float:
@@ -350,8 +384,7 @@ def _damping(problem: Problem) -> float:
     errors = []
     for damping in DAMPINGS:
         wanted = Candidate("low-rank", rank, 0, 0.0, NO_CHANNELS, damping)
-        found = _solved(problem, task(problem, damping, True), wanted, QUICK, Settings()).factors
-        assert found is not None
+        found = _quick(problem, task(problem, damping, True), wanted)
         errors.append(judged(problem.weight, found, validation, problem.affine))
     return DAMPINGS[int(np.argmin(errors))]
 
