@@ -51,7 +51,7 @@ def start_of(problem, share=0.5):
     """Return the sample and the linear approximation that the ADMM behind the ReLU goes on from."""
     chosen = admm.ADMM.choose(problem, Budget(params=int(share * problem.params)), Settings())
     metric = damped(problem, chosen.damping)
-    return admm._sample(problem, problem.columns), admm._linear(problem, metric, chosen.support, chosen.rank), metric
+    return admm._sample(problem), admm._linear(problem, metric, chosen.support, chosen.rank), metric
 
 
 def program_of(taps, seed=0):
@@ -262,7 +262,7 @@ def test_a_layer_that_is_exact_is_left_alone(seed):
         np.zeros(problem.out),
         problem.taps,
     )
-    sample = admm._sample(problem, problem.columns)
+    sample = admm._sample(problem)
     scale = np.abs(problem.weight).max()
     for factors in admm.refitted(problem, sample, exact, damped(problem, 1e-3)):
         np.testing.assert_allclose(factors.dense(), problem.weight, atol=1e-4 * scale)

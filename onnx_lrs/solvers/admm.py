@@ -66,9 +66,11 @@ LIFT = 1.0  # rho of Z = M X + c: the weight of the fit behind the activation is
 STEPS = 8  # behind the ReLU
 ROUNDS = (0.1, 0.3, 1.0)  # rho of the refits behind the ReLU, rising (Zhang et al., TPAMI 2016)
 PER_WIDTH = 2  # columns per feature that are used at least, where there are as many
-WORK = 3 << 33  # multiply-adds of one product with the columns, up to which more of them are used
+WORK = 1 << 34  # multiply-adds of one product with the columns, up to which more of them are used
 FAR = 1e12  # from 1: outputs larger, or smaller than its inverse, are scaled before float32 squares are formed
 NOTHING = 1e-3  # of T: an M below it counts as zero when residuals are taken relative to it
+WIDE = 2048  # features from which less is tried: a solve must not take ten times as long as its statistics
+WIDE_INNER, WIDE_STEPS, WIDE_COUNTS = 2, 6, 5
 NARROW = 512  # features from which float32 is used: the relaxed solution decides on support and rank only
 
 
@@ -175,11 +177,12 @@ def path(program: Relaxation, channels: int) -> list[Indices]:
     gradient = program.target @ program.metric
     largest2 = float(np.sqrt(max(np.linalg.eigvalsh(gradient @ gradient.T)[-1], 0.0)))
     largest1 = float(group_norms(gradient, program.taps).max()) / float(np.sqrt(program.taps))
+    inner = INNER if len(program.metric) < WIDE else WIDE_INNER
     found = []
     for ratio in RATIOS:
         state = program.start()
         for level in LEVELS:
-            run = relaxed(program, ratio * level * largest1, level * largest2, state, INNER, 0.0)
+            run = relaxed(program, ratio * level * largest1, level * largest2, state, inner, 0.0)
             state = run.last
             norms = group_norms(state.sparse, program.taps)
             kept = np.argsort(-norms, kind="stable")[: int(np.count_nonzero(norms))].astype(np.int64)
@@ -201,13 +204,20 @@ def _candidates(problem: Problem, multiple: int, settings: Settings) -> list[Can
     return _beside(problem, [0, *counts], multiple)
 
 
-def _beside(problem: Problem, counts: Sequence[int], multiple: int) -> list[Candidate]:
-    """Return every rank beside the supports of the path that hold one of ``counts`` channels."""
+def _beside(
+    problem: Problem, counts: Sequence[int], multiple: int, program: Relaxation | None = None
+) -> list[Candidate]:
+    """Return every rank beside the supports of the path that hold one of ``counts`` channels.
+
+    The path is that of ``program``, if there is one already, else that of the damped metric.
+    """
     damping = choose_damping(problem)
     metric, target = damped(problem, damping), reduce_rows(problem.weight).target
     assert metric is not None  # a problem with columns has moments
-    points = path(relaxation(target, metric, problem.taps), problem.channels)
-    supports = _truncated(points, counts, problem.channels)
+    if program is None:
+        program = relaxation(target, metric, problem.taps)
+    points = path(dataclasses.replace(program, target=target.astype(program.target.dtype)), problem.channels)
+    supports = _truncated(points, counts, problem.channels, len(RATIOS) if problem.d < WIDE else 1)
     given, curves = seen(target, metric), []
     centre = problem.moments.mean if problem.moments is not None else None
     for support in supports:
@@ -218,25 +228,36 @@ def _beside(problem: Problem, counts: Sequence[int], multiple: int) -> list[Cand
     return candidates(problem, Family(curves, damping), multiple)
 
 
-def _truncated(points: Sequence[Indices], counts: Sequence[int], channels: int) -> list[Indices]:
+def _truncated(points: Sequence[Indices], counts: Sequence[int], channels: int, each: int) -> list[Indices]:
     """Return for each count the strongest channels of the points that hold at least as many and fewest above them.
 
-    If none holds as many, the point that holds most is filled up with other channels.
+    ``each`` is the number of points taken for a count. If none holds as many, the point that holds most is filled up
+    with other channels.
     """
     found: dict[tuple[int, ...], Indices] = {(): NO_CHANNELS} if 0 in counts else {}
     most = max(points, key=len)
     filled = np.concatenate([most, np.setdiff1d(np.arange(channels), most)])
     for count in (c for c in counts if c):
         enough = sorted((p for p in points if len(p) >= count), key=len) or [filled]
-        for support in (p[:count] for p in enough[: len(RATIOS)]):
+        for support in (p[:count] for p in enough[:each]):
             found[tuple(sorted(support))] = support
     return list(found.values())
 
 
-def _choose(problem: Problem, budget: Budget, settings: Settings) -> Candidate | None:
+def _choose(
+    problem: Problem, budget: Budget, settings: Settings, program: Relaxation | None = None
+) -> Candidate | None:
+    if budget.params is not None:
+        room = budget.params // (problem.taps * problem.out)
+        counts = [c for c in kept_counts(problem.channels, min(problem.weight.shape), budget.multiple) if c <= room]
+        if problem.d >= WIDE and len(counts) > WIDE_COUNTS:
+            counts = [counts[i] for i in np.linspace(0, len(counts) - 1, WIDE_COUNTS).astype(int)]
+        return best_within(_beside(problem, [0, *counts], budget.multiple, program), budget)
     if budget.channels is None:
-        return best_within(_candidates(problem, budget.multiple, settings), budget)
-    return best_within(_beside(problem, [budget.channels], 1), budget)  # any split, not only those on the curves
+        return None
+    return best_within(
+        _beside(problem, [budget.channels], 1, program), budget
+    )  # any split, not only those on the curves
 
 
 # ------------------------------------------------------------------------------------------------ behind the activation
@@ -255,8 +276,9 @@ class Sample:
     program: Relaxation
 
 
-def _sample(problem: Problem, columns: Columns) -> Sample:
-    used = first(columns, max(PER_WIDTH * problem.d, WORK // problem.params))
+def _sample(problem: Problem) -> Sample:
+    assert problem.columns is not None
+    used = first(problem.columns, max(PER_WIDTH * problem.d, WORK // problem.params))
     outputs = np.maximum(pre_activation(problem, used), 0)
     mean = used.inputs.mean(axis=0, dtype=np.float64) * problem.affine
     inputs = used.inputs - mean.astype(np.float32)
@@ -304,7 +326,7 @@ def _middle(problem: Problem, sample: Sample, now: Lifted) -> tuple[Floats, Floa
     wanted, program = now.split + now.lift, sample.program
     goal = now.state.low + now.state.sparse + now.state.dual
     image = _image(problem, sample, wanted).astype(goal.dtype)
-    middle = goal + (image - goal @ program.metric) @ (program.pull / program.penalty)
+    middle = goal + ((image - goal @ program.metric) / goal.dtype.type(program.penalty)) @ program.pull
     constant = wanted.mean(axis=0, dtype=np.float64) if problem.affine else bias_of(problem)
     return middle, sample.inputs @ middle.T.astype(np.float32) + constant.astype(np.float32)
 
@@ -335,13 +357,13 @@ def refitted(problem: Problem, sample: Sample, start: Factors, metric: Array) ->
     it; its regression on x, pulled toward the last factors by t, is approximated as ever.
     """
     found, program = [start], sample.program
-    for rho in ROUNDS:
+    for rho in ROUNDS if problem.d < WIDE else ROUNDS[::2]:
         last = found[-1]
         dense = last.dense()
         split = through_relu(_responses(problem, sample, last), sample.outputs, rho)
         centre = split.mean(axis=0, dtype=np.float64)
-        moved = _image(problem, sample, split) - dense @ program.metric
-        target = dense + np.asarray(moved @ (program.pull / program.penalty), np.float64)
+        moved = _image(problem, sample, split) - dense.astype(program.metric.dtype) @ program.metric
+        target = dense + np.asarray((moved / program.penalty).astype(program.pull.dtype) @ program.pull, np.float64)
         found.append(_of_target(problem, metric, target, start, centre, sample.mean))
     return found
 
@@ -356,7 +378,16 @@ def _of_target(problem: Problem, metric: Array, target: Array, like: Factors, ce
     return dataclasses.replace(factors, bias_shift=centre - bias_of(problem) - factors.dense() @ mean)
 
 
-def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
+def _direct(problem: Problem, budget: Budget, settings: Settings) -> Solution | None:
+    """Choose and fit on the same columns, whose system is factorised once."""
+    sample = None
+    if problem.activation == "relu" and problem.columns is not None:
+        sample = _sample(_in_units(problem, _unit(problem)))
+    chosen = _choose(problem, budget, settings, None if sample is None else sample.program)
+    return None if chosen is None else _fit(problem, chosen, settings, sample)
+
+
+def _fit(problem: Problem, chosen: Candidate, settings: Settings, sample: Sample | None = None) -> Solution:
     """Fit one rank and number of channels: linearly, then behind the ReLU if there is one."""
     metric = damped(problem, chosen.damping)
     assert metric is not None
@@ -364,7 +395,9 @@ def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
     if problem.activation != "relu" or problem.columns is None:
         return finished(problem, linear)
     unit = _unit(problem)
-    best, run = _fit_behind(_in_units(problem, unit), chosen, _scaled(linear, 1 / unit), metric, settings)
+    scaled = _in_units(problem, unit)
+    sample = sample or _sample(scaled)
+    best, run = _fit_behind(scaled, chosen, _scaled(linear, 1 / unit), (metric, sample), settings)
     history = tuple(value * unit**2 for value in run.history)
     return dataclasses.replace(finished(problem, _scaled(best, unit), history), residuals=run.residuals)
 
@@ -398,12 +431,13 @@ def _scaled(factors: Factors, by: float) -> Factors:
 
 
 def _fit_behind(
-    problem: Problem, chosen: Candidate, linear: Factors, metric: Array, settings: Settings
+    problem: Problem, chosen: Candidate, linear: Factors, known: tuple[Array, Sample], settings: Settings
 ) -> tuple[Factors, Run[Lifted]]:
     """Return the best of several iterates behind the ReLU on the checks (or columns), and the run of the ADMM."""
     assert problem.columns is not None
-    sample = _sample(problem, problem.columns)
-    steps = STEPS if settings.steps is None else settings.steps
+    metric, sample = known
+    usual = STEPS if problem.d < WIDE else WIDE_STEPS
+    steps = usual if settings.steps is None else settings.steps
     run = behind_relu(problem, sample, linear, steps, settings.tolerance)
     norms = group_norms(run.last.state.sparse, problem.taps).astype(np.float64)
     norms[chosen.support] += 1e-9 * norms.max(initial=1.0)  # where the relaxed part holds fewer channels, the old ones
@@ -411,7 +445,7 @@ def _fit_behind(
     found = refitted(problem, sample, linear, metric)
     if set(support) != set(chosen.support):
         found += refitted(problem, sample, _linear(problem, metric, support, chosen.rank), metric)
-    judges = problem.checks or problem.columns
+    judges = problem.checks or first(problem.columns, max(problem.d, WORK // problem.params))
     errors = [activation_error(problem, factors, judges) for factors in found]
     return found[int(np.argmin(errors))], run
 
@@ -421,4 +455,4 @@ def _linear(problem: Problem, metric: Array, support: Indices, rank: int) -> Fac
     return assemble(problem, reduced, joint(seen(reduced.target, metric), metric, support, problem.taps), rank)
 
 
-ADMM = Method(_candidates, _choose, _fit, needs_columns=True)
+ADMM = Method(_candidates, _choose, _fit, needs_columns=True, direct=_direct)

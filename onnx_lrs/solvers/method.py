@@ -23,6 +23,7 @@ from onnx_lrs.solvers.problem import (
 Candidates = Callable[[Problem, int, Settings], list[Candidate]]
 Chosen = Callable[[Problem, Budget, Settings], Candidate | None]
 Fit = Callable[[Problem, Candidate, Settings], Solution]
+Direct = Callable[[Problem, Budget, Settings], Solution | None]
 Guarantee = Callable[[Problem, float, Settings], Solution]
 
 
@@ -44,6 +45,8 @@ class Method:
         Whether sampled columns are needed, not only moments.
     sees_data : bool
         False for the baselines that fit nothing.
+    direct : callable, optional
+        ``(problem, budget, settings)`` -> what ``choose`` and ``fit`` give together, where they share a factorisation.
     fully_connected_only : bool
         Whether the method is stated for fully connected layers and leaves convolutions alone.
     """
@@ -55,6 +58,7 @@ class Method:
     needs_columns: bool = False
     sees_data: bool = True
     fully_connected_only: bool = False
+    direct: Direct | None = None
 
     def __call__(self, problem: Problem, budget: Budget, *, settings: Settings | None = None) -> Solution:
         """Approximate one layer within a budget; see :func:`onnx_lrs.solvers.solve`."""
@@ -81,14 +85,19 @@ class Method:
         wanted = budget
         if budget.rank is not None and budget.rank > min(problem.weight.shape):
             wanted = dataclasses.replace(budget, rank=_largest_useful(problem, budget))
-        chosen = self.choose(problem, wanted, settings)
-        if chosen is None:
+        found = self._within_budget(problem, wanted, settings)
+        if found is None:
             nothing = objective(problem.weight, 0 * problem.weight, problem.moments, problem.affine)
             return Solution(Status.INFEASIBLE, None, nothing)
-        found = self.fit(problem, chosen, settings)
         if wanted is not budget and found.status is Status.SOLVED:
             return dataclasses.replace(found, status=Status.RANK_TOO_LARGE)
         return self._flagged(problem, found)
+
+    def _within_budget(self, problem: Problem, budget: Budget, settings: Settings) -> Solution | None:
+        if self.direct is not None:
+            return self.direct(problem, budget, settings)
+        chosen = self.choose(problem, budget, settings)
+        return None if chosen is None else self.fit(problem, chosen, settings)
 
     def _flagged(self, problem: Problem, found: Solution) -> Solution:
         """Return the solution, marked SINGULAR if it was fitted to moments that cannot have full rank."""
