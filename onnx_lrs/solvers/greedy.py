@@ -56,6 +56,7 @@ BLOCKS = 4  # in which the rank grows
 STEPS = 12  # iterations at full rank; J falls by less than 1e-3 of itself after ten
 QUICK = (2, 1)  # blocks and iterations that decide between splits of a budget
 WIDE = 2048  # columns from which the weaker half of the channels is not eliminated one by one
+WIDE_STEPS = 6
 DESCENTS = 3  # conjugate gradient steps for the entries of S in one iteration
 POLISH = 20  # and at the end
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a budget for the low-rank part
@@ -368,7 +369,8 @@ def _choose(problem: Problem, budget: Budget, settings: Settings) -> Candidate |
 
 
 def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
-    steps = STEPS if settings.steps is None else settings.steps
+    usual = STEPS if problem.d < WIDE else WIDE_STEPS
+    steps = usual if settings.steps is None else settings.steps
     given = task(problem, chosen.damping, chosen.elements > 0, chosen.support)
     run = _run(given, chosen, (BLOCKS, steps), settings)
     found = finished(problem, _finish(problem, given, run.best), run.history)
