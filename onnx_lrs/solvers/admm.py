@@ -70,7 +70,7 @@ WORK = 1 << 34  # multiply-adds of one product with the columns, up to which mor
 FAR = 1e12  # from 1: outputs larger, or smaller than its inverse, are scaled before float32 squares are formed
 NOTHING = 1e-3  # of T: an M below it counts as zero when residuals are taken relative to it
 WIDE = 2048  # features from which less is tried: a solve must not take ten times as long as its statistics
-WIDE_INNER, WIDE_STEPS, WIDE_COUNTS = 2, 6, 5
+WIDE_INNER, WIDE_STEPS, WIDE_COUNTS = 2, 4, 4
 NARROW = 512  # features from which float32 is used: the relaxed solution decides on support and rank only
 
 
