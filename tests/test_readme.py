@@ -62,6 +62,8 @@ def test_the_commands_run(command, prepared, capsys):
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_the_python_runs(number, prepared):
     exec(compile(blocks("python")[number], "README.md", "exec"), {})  # our own README
+    if "small.onnx" not in blocks("python")[number]:
+        return
     small = onnx.load(prepared / "small.onnx")
     assert nets.count_params(small) < nets.count_params(nets.conv_net())
 
