@@ -193,6 +193,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         help="lrs (default), admm, greedy, ddlr, nettrim; baselines: hsvd, channels, svd, magnitude",
     )
     fit.add_argument("--structure", metavar="NAME", help="greedy: keep whole channels (default) or single elements")
+    fit.add_argument("--steps", type=int, metavar="N", help="most iterations of one solve (the method's own limit)")
     fit.add_argument(
         "--multiple", type=int, metavar="N", help=f"ranks and kept channels are multiples of N ({default.multiple})"
     )

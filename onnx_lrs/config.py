@@ -155,6 +155,8 @@ class Config:
         A name in :data:`onnx_lrs.solvers.METHODS`.
     structure : {"channels", "elements"}
         What the sparse part keeps; single elements (method ``greedy``) make a smaller file at the same speed.
+    steps : int, optional
+        Limit of the iterations of one solve; None: the method's own.
     multiple : int
         Ranks and kept channels are multiples of it (kernels work in blocks).
     holdout : float
@@ -182,6 +184,7 @@ class Config:
     budget: Budget = dataclasses.field(default_factory=lambda: Budget(params=DEFAULT_PARAMS))
     method: str = "lrs"
     structure: Literal["channels", "elements"] = "channels"
+    steps: int | None = None
     multiple: int = 8
     holdout: float = 0.2
     columns: int = 65536
@@ -204,6 +207,7 @@ class Config:
         _require(
             self.structure in ("channels", "elements"), f"--structure is {self.structure!r}; use channels or elements."
         )
+        _require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; it must be at least 1.")
         _require(self.multiple >= 1, f"--multiple is {self.multiple}; it must be at least 1.")
         _require(0.0 < self.holdout <= 0.9, f"--holdout is {self.holdout}; it is a share in (0, 0.9].")
         _require(self.columns >= 256, f"--columns is {self.columns}; statistics need at least 256.")

@@ -275,7 +275,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
     """
     config, split = job.config, material.split
     with_columns = METHODS[config.method].needs_columns
-    solver = Settings(structure=config.structure, seed=config.seed)
+    solver = Settings(structure=config.structure, steps=config.steps, seed=config.seed)
     bench = Bench(
         subject.view, config.method, config.multiple, config.memory_bytes, config.threads, with_columns, solver
     )

@@ -178,7 +178,7 @@ def test_the_command_line_takes_gain_and_structure(tmp_path, capsys):
     words = [str(tmp_path / "m.onnx"), "-o", str(tmp_path / "s.onnx"), "--data", str(tmp_path / "x.npy")]
     assert main([*words, "--method", "ddlr", "--gain", "0.2", "--threads", "1"]) == 0
     shown = " ".join(capsys.readouterr().err.split())
-    assert "Errors on the calibration columns" in shown
+    assert "Error on calibration columns" in shown
     assert "is off by at most" in shown
     assert main([*words, "--method", "greedy", "--structure", "elements", "--params", "0.3", "--threads", "1"]) == 0
     assert main([*words, "--method", "svd", "--gain", "0.2"]) == 2

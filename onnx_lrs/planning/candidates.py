@@ -71,12 +71,13 @@ class Bench:
     ) -> Fitted:
         """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE statistics.
 
-        ``steps`` limits the iterations, as in :class:`onnx_lrs.solvers.Settings`.
+        ``steps`` limits the iterations in place of the settings' own limit.
         """
         method, problem = self._problem(layer, statistics)
         assert method is not None  # a layer without a method has no candidates to choose
         with threads_for(problem.d, self.threads):
-            solution = fit(problem, chosen, method, dataclasses.replace(self.settings, steps=steps))
+            limited = self.settings if steps is None else dataclasses.replace(self.settings, steps=steps)
+            solution = fit(problem, chosen, method, limited)
         fitted = self._fitted(layer, problem, solution, statistics)
         assert fitted is not None  # a candidate saves parameters
         return fitted

@@ -266,7 +266,7 @@ def _error(layer: LayerResult) -> float | None:
 
 def _certificate(result: Result) -> list[RenderableType]:
     """Return what each layer's guarantee allowed and reached, and what they promise for the output."""
-    table = _table("Guarantee", ">Allowed", ">Reached", title="Errors on the calibration columns")
+    table = _table("Layer", ">Error allowed", ">Error on calibration columns", title="Guarantees")
     for layer in result.layers:
         if layer.allowed_error is not None:
             table.add_row(_text(layer.name), _percent(layer.allowed_error), _percent(layer.reached_error))

@@ -41,7 +41,7 @@ class Status(enum.Enum):
     )
     RANK_TOO_LARGE = "the matrix has less rank than was asked for; the largest useful rank was used"
     ERROR_TOO_SMALL = "no matrix keeps to the allowed error on these columns; raise the gain"
-    NOT_CONVERGED = "the step limit came before the tolerance; the best feasible iterate was kept, allow more steps"
+    NOT_CONVERGED = "the step limit came before the tolerance; the best feasible iterate was kept; allow more steps"
 
 
 @dataclasses.dataclass(frozen=True)
