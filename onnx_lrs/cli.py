@@ -175,7 +175,7 @@ def _demo_parser() -> argparse.ArgumentParser:
 
 
 def _add_budget(parser: argparse.ArgumentParser, default: str) -> None:
-    group = parser.add_argument_group("budget", f"What may remain of the original, in (0, 1]. Default: {default}")
+    group = parser.add_argument_group("budget", f"One fraction in (0, 1]. Default: {default}")
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--params", type=float, metavar="F", help="at most this fraction of the parameters")
     budget.add_argument("--macs", type=float, metavar="F", help="at most this fraction of the multiply-accumulates")

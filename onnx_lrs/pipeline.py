@@ -40,6 +40,7 @@ from onnx_lrs.solvers.closed_form import DATA_FREE, form_of
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 
 ELEMENT_METHODS = ("greedy", "nettrim")
+HELD = 1.25  # times the allowed error on held-out samples is beyond chance
 MOST_NAMES = 5  # in one note
 POOR = 0.3  # relative error of an output beyond which the console warns
 NAMED = 5  # layers that a note calls by name
@@ -168,10 +169,11 @@ def _check_method(job: Job) -> None:
             f"--structure elements does not go with --method {name}, which keeps whole channels or none.",
             f"Methods with single elements: {', '.join(ELEMENT_METHODS)}.",
         )
+    blind = [other for other, m in METHODS.items() if not m.needs_columns]
     if method.needs_columns and job.inputs.data is None and not job.config.random_data:
         raise ConfigError(
             f"--method {name} is fitted to activations, and there is no calibration data.",
-            "Give typical inputs with --data; lrs, hsvd and greedy work on weights alone.",
+            f"Give typical inputs with --data. On weights alone work: {', '.join(blind)}.",
         )
 
 
@@ -518,6 +520,15 @@ def _fit_notes(subject: Subject, fitted: Mapping[str, Fitted], promised: Promise
         if names and status is not Status.SOLVED:
             more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
             notes.append(f"{', '.join(names[:MOST_NAMES])}{more}: {status.value}.")
+    for layer in subject.layers:
+        done = fitted.get(layer.node)
+        if done is None or not done.allowed or not done.scale or done.activation_error is None:
+            continue
+        if done.activation_error > HELD * done.allowed / done.scale:
+            notes.append(
+                f"{layer.name}: {done.activation_error:.1%} off on held-out samples, more than the "
+                f"{done.allowed / done.scale:.1%} that were kept to on the calibration columns; give more data."
+            )
     if isinstance(promised, str):
         notes.append(f"No bound for the whole network: {promised}.")
     return notes

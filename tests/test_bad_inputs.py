@@ -278,7 +278,9 @@ def test_an_impossible_budget_names_what_can_be_reached(bench):
 
 
 def test_an_unknown_method(bench):
-    bench.refused(2, "'magic'", "lrs, admm, greedy, ddlr, nettrim, hsvd, channels, svd, magnitude", flags=("--method", "magic"))
+    bench.refused(
+        2, "'magic'", "lrs, admm, greedy, ddlr, nettrim, hsvd, channels, svd, magnitude", flags=("--method", "magic")
+    )
 
 
 def test_test_data_without_calibration_data(bench):

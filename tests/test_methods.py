@@ -198,3 +198,11 @@ def test_the_methods_are_named_in_the_help(capsys):
     shown = capsys.readouterr().out
     for name in onnx_lrs.solvers.METHODS:
         assert name in shown
+
+
+@pytest.mark.parametrize("method", ["ddlr", "nettrim"])
+def test_a_gain_that_the_bias_alone_keeps_to_still_gives_a_model_that_runs(method, tmp_path):
+    wanted = settings(method=method, budget=Budget(gain=1.0))
+    result = compress(perceptron(), tmp_path / "small.onnx", data=inputs(), config=wanted)
+    assert np.isfinite(nets.run(tmp_path / "small.onnx", {"x": inputs()})[0]).all()
+    assert result.after.params < result.before.params

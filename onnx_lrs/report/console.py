@@ -256,7 +256,8 @@ def _layers(result: Result, verbose: bool) -> list[RenderableType]:
         table.add_row(
             _text(layer.name), _weight(layer.op, layer.shape), _form(layer), Text(size), Text(_percent(_error(layer)))
         )
-    return [table]
+    behind = any(layer.activation_error is not None for layer in layers)
+    return [table, _text("Errors are those behind the activation.")] if behind else [table]
 
 
 def _error(layer: LayerResult) -> float | None:
