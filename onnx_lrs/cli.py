@@ -195,7 +195,10 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--structure", metavar="NAME", help="greedy: keep whole channels (default) or single elements")
     fit.add_argument("--steps", type=int, metavar="N", help="most iterations of one solve (the method's own limit)")
     fit.add_argument(
-        "--multiple", type=int, metavar="N", help=f"ranks and kept channels are multiples of N ({default.multiple})"
+        "--multiple",
+        type=int,
+        metavar="N",
+        help=f"ranks and kept channels are multiples of N, not with --gain ({default.multiple})",
     )
     fit.add_argument(
         "--exclude", nargs="+", action="extend", metavar="PATTERN", help="layers to leave dense: '*head*' (quote it)"

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, is_wide, steps
+from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, is_wide, solver_rows, steps
 from onnx_lrs.calibration.subject import Inputs, Material, Subject, examine, measure_shapes, open_material
 from onnx_lrs.config import Budget, Config
 from onnx_lrs.data import Samples
@@ -40,8 +40,8 @@ from onnx_lrs.solvers.closed_form import DATA_FREE, form_of
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 
 ELEMENT_METHODS = ("greedy", "nettrim")
+ROUNDING = 1e-3  # of a bound: the file's float32 weights
 HELD = 1.25  # times the allowed error on held-out samples is beyond chance
-MOST_NAMES = 5  # in one note
 POOR = 0.3  # relative error of an output beyond which the console warns
 NAMED = 5  # layers that a note calls by name
 
@@ -95,13 +95,14 @@ def compress(job: Job) -> Result:
         notes = _opening_notes(job, subject, material)
         for note in notes:
             job.progress.note(note)
-        fitted, promised = _plan_and_fit(job, subject, material, clock)
+        work = _plan_and_fit(job, subject, material, clock)
+        fitted = work.fitted
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks)
         layers = _layer_results(subject, rewritten, fitted, known=material.samples is not None)
         before, after, quality, provider, certificate = _judge(
-            job, subject, material, (rewritten.model, promised), clock
+            job, subject, material, (rewritten.model, work.promised), clock
         )
         after = _write(job, rewritten.model, after, bool(outside), clock)
     return Result(
@@ -120,7 +121,7 @@ def compress(job: Job) -> Result:
         certificate=certificate,
         notes=(
             *notes,
-            *_fit_notes(subject, fitted, promised),
+            *_fit_notes(subject, work),
             *_closing_notes(before, after, quality),
             *_element_notes(layers),
             *_side_notes(job, material, quality, bool(outside)),
@@ -163,6 +164,10 @@ def _check_method(job: Job) -> None:
         able = ", ".join(other for other, m in METHODS.items() if m.within_error is not None)
         raise ConfigError(
             f"--gain asks for a guaranteed error; --method {name} gives none.", f"Methods that do: {able}."
+        )
+    if budget.kind == "macs" and name == "nettrim":
+        raise ConfigError(
+            "--macs does not go with --method nettrim: single weights run as a dense layer.", "Use --params."
         )
     if job.config.structure == "elements" and name not in ELEMENT_METHODS:
         raise ConfigError(
@@ -257,9 +262,12 @@ def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
         convolutions = sum(layer.op == "Conv" for layer in subject.layers)
         if convolutions:
             notes.append(f"--method {job.config.method} is for fully connected layers: {convolutions} Conv stay dense.")
+    if job.config.method in ELEMENT_METHODS and not takes_sparse(subject.folded):
+        notes.append(f"IR version {subject.folded.ir_version} has no sparse tensors (6 has): no single entries.")
     if material.samples is None or job.config.method in DATA_FREE:
         return notes
-    wide = [layer.name for layer in subject.layers if is_wide(layer, job.config.memory_bytes)]
+    memory, cramped = job.config.memory_bytes, METHODS[job.config.method].needs_columns
+    wide = [la.name for la in subject.layers if is_wide(la, memory) or (cramped and solver_rows(la, memory) < la.d)]
     low_rank = job.config.method in LOW_RANK and job.config.structure == "channels"
     outcome = "low rank only" if low_rank else "they stay dense"
     if wide:
@@ -267,10 +275,16 @@ def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
     return notes
 
 
-Made = tuple[dict[str, Fitted], Promise | str | None]  # what was fitted, and what it promises or why nothing
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended."""
+
+    fitted: dict[str, Fitted]
+    promised: Promise | str | None = None
+    left: dict[str, Status] = dataclasses.field(default_factory=dict)
 
 
-def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> Made:
+def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> Work:
     """Two passes over the data: error curves of all layers and the plan, then the chosen layers on more samples.
 
     A gain needs no plan: every layer becomes as small as its own error allows.
@@ -295,9 +309,17 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
         chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
         roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
-            fitted, items = _fit(chosen, plan or config.budget.fraction, bench, capture, roles, job.progress)
-    promised = promise(subject, fitted, items) if plan is None else None
-    return fitted, promised
+            fitted, items, left = _fit(chosen, plan or config.budget.fraction, bench, capture, roles, job.progress)
+    if plan is not None:
+        return Work(fitted)
+    if not fitted:
+        why = "; ".join(sorted({status.value for status in left.values() if status is not Status.DENSE}))
+        raise BudgetError(
+            f"No layer becomes smaller with --method {config.method} at --gain {config.budget.fraction}"
+            f"{f': {why}' if why else ''}.",
+            "Raise the gain, or use another method.",
+        )
+    return Work(fitted, promise(subject, fitted, items), left)
 
 
 Workshop = tuple[Bench, Capture | None, Setting]
@@ -337,9 +359,13 @@ def _fit(
     capture: Capture | None,
     roles: Roles,
     progress: Progress,
-) -> tuple[dict[str, Fitted], Items]:
-    """Fit the plan's candidates, or to a gain; return also which samples the columns came from, by node."""
+) -> tuple[dict[str, Fitted], Items, dict[str, Status]]:
+    """Fit the plan's candidates, or to a gain.
+
+    Returns what was fitted, which samples the columns came from, and how the solves of layers left dense ended.
+    """
     fitted: dict[str, Fitted] = {}
+    left: dict[str, Status] = {}
     items: Items = {}
     for group in groups(layers, len(roles), bench.memory_bytes, bench.with_columns):
         statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
@@ -347,11 +373,13 @@ def _fit(
             own = statistics.pop(layer.node, {})
             if isinstance(plan, Plan):
                 fitted[layer.node] = bench.fit(layer, plan.chosen[layer.node], own)
-            elif (found := bench.within(layer, plan, own)) is not None:
+            elif isinstance(found := bench.within(layer, plan, own), Status):
+                left[layer.node] = found
+            else:
                 fitted[layer.node] = found
             items[layer.node] = own[FIT].items if FIT in own else None
             progress.step(layer.name)
-    return fitted, items
+    return fitted, items, left
 
 
 def _judge(
@@ -389,10 +417,12 @@ def _judge(
 
 def _certificate(
     promised: Promise, sessions: tuple[Session, Session], samples: Samples, batching: tuple[int, bool]
-) -> Certificate:
+) -> Certificate | None:
     """Put what was promised beside what is measured on the same samples."""
     change, size = change_of_output(sessions, promised.chain.output, samples, promised.items, batching)
     scale = max(size, 1e-300)
+    if change > promised.bound * (1 + ROUNDING):  # then what it rests on does not hold for this model
+        return None
     names = tuple(layer.name for layer in promised.chain.layers)
     return Certificate(promised.chain.output, names, len(promised.items), promised.bound / scale, change / scale)
 
@@ -512,14 +542,18 @@ def _skipped(subject: Subject) -> tuple[SkippedLayer, ...]:
     )
 
 
-def _fit_notes(subject: Subject, fitted: Mapping[str, Fitted], promised: Promise | str | None) -> list[str]:
+def _called(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _fit_notes(subject: Subject, work: Work) -> list[str]:
     """Return how solves ended that did not simply succeed, and why guarantees add up to none for the network."""
-    notes = []
+    fitted, notes = work.fitted, []
+    ended = work.left | {node: done.status for node, done in fitted.items()}
     for status in Status:
-        names = [la.name for la in subject.layers if la.node in fitted and fitted[la.node].status is status]
-        if names and status is not Status.SOLVED:
-            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-            notes.append(f"{', '.join(names[:MOST_NAMES])}{more}: {status.value}.")
+        names = [layer.name for layer in subject.layers if ended.get(layer.node) is status]
+        if names and status not in (Status.SOLVED, Status.DENSE):
+            notes.append(f"{_called(names)}: {status.value}.")
     for layer in subject.layers:
         done = fitted.get(layer.node)
         if done is None or not done.allowed or not done.scale or done.activation_error is None:
@@ -529,8 +563,8 @@ def _fit_notes(subject: Subject, fitted: Mapping[str, Fitted], promised: Promise
                 f"{layer.name}: {done.activation_error:.1%} off on held-out samples, more than the "
                 f"{done.allowed / done.scale:.1%} that were kept to on the calibration columns; give more data."
             )
-    if isinstance(promised, str):
-        notes.append(f"No bound for the whole network: {promised}.")
+    if isinstance(work.promised, str):
+        notes.append(f"No bound for the whole network: {work.promised}.")
     return notes
 
 
@@ -552,7 +586,7 @@ def _element_notes(layers: tuple[LayerResult, ...]) -> list[str]:
     names = [layer.name for layer in layers if layer.elements and layer.params_after < layer.params_before]
     if not names:
         return []
-    called = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    called = _called(names)
     same = "ONNX Runtime runs them as dense layers"
     return [f"Element-sparse layers ({called}) make a smaller file at the same speed: {same}."]
 

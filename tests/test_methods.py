@@ -92,7 +92,7 @@ def test_a_gain_is_kept_and_the_bound_holds_for_the_output(method, gain, tmp_pat
 
 def test_a_larger_gain_makes_a_smaller_model():
     sizes = []
-    for gain in (0.02, 0.1, 0.4):
+    for gain in (0.1, 0.2, 0.4):
         result = compress(perceptron(), data=inputs(), config=settings(method="ddlr", budget=Budget(gain=gain)))
         sizes.append(result.after.params)
     assert sizes == sorted(sizes, reverse=True)
@@ -159,6 +159,25 @@ def test_what_does_not_go_together_is_refused_with_what_does(changes, words):
     with pytest.raises(errors.ConfigError, match=words) as caught:
         compress(perceptron(), data=inputs(), config=settings(**changes))
     assert "Methods" in caught.value.remedy
+
+
+def test_a_gain_that_no_layer_can_use_is_an_error_and_macs_do_not_go_with_single_weights():
+    with pytest.raises(errors.BudgetError, match="No layer becomes smaller"):
+        compress(perceptron(), data=inputs(), config=settings(method="ddlr", budget=Budget(gain=1e-4)))
+    with pytest.raises(errors.ConfigError, match="--macs"):
+        compress(perceptron(), data=inputs(), config=settings(method="nettrim", budget=Budget(macs=0.5)))
+
+
+def test_no_bound_where_a_layer_sees_more_than_one_column_a_sample_or_adds_what_is_computed():
+    model, data = nets.block(), nets.sentences()
+    result = compress(model, data=data, config=settings(method="nettrim", budget=Budget(gain=0.4), multiple=1))
+    assert result.certificate is None
+    residual = perceptron((48, 48, 48, 48))
+    for node in residual.graph.node:
+        if node.name == "fc1":
+            node.input[2] = "y0"  # C of the second Gemm is what the first one gives
+    view = View(residual)
+    assert isinstance(find_chain(view, ["y0", "y2"]), str)
 
 
 @pytest.mark.parametrize("gain", [-0.1, 0.0, 1.5])

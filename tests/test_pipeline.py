@@ -425,7 +425,7 @@ def test_a_layer_too_wide_for_the_memory_is_low_rank_only_and_said():
     assert (layer.form, layer.kept_channels) == ("low-rank", 0)
     assert layer.rank > 0
     assert layer.error < 0.1
-    assert [note for note in result.notes if "Too wide for channel selection" in note and "gemm" in note]
+    assert [note for note in result.notes if "Too wide for --method lrs" in note and "gemm" in note]
     roomy = {"memory_bytes": 8 * GIB}
     assert not [note for note in squeeze(**roomy).notes if "Too wide" in note]
 

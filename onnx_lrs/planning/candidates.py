@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import Statistic, is_wide
-from onnx_lrs.graph.forms import is_in_parts
+from onnx_lrs.calibration.capture import Statistic, is_wide, solver_rows
+from onnx_lrs.graph.forms import is_in_parts, stored_entries
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
 from onnx_lrs.solvers.behind import activation_error, response_norm
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.closed_form import DATA_FREE
-from onnx_lrs.solvers.problem import AnyFactors, Factors, judged
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
 
 LOW_RANK = ("lrs", "hsvd", "svd", "admm", "greedy")  # methods that low rank alone may stand in for
@@ -82,14 +82,24 @@ class Bench:
         assert fitted is not None  # a candidate saves parameters
         return fitted
 
-    def within(self, layer: Layer, gain: float, statistics: Mapping[str, Statistic]) -> Fitted | None:
-        """Return the smallest factors that keep to the gain on the FIT columns, or None if the layer stays dense."""
+    def within(self, layer: Layer, gain: float, statistics: Mapping[str, Statistic]) -> Fitted | Status:
+        """Return the smallest factors that keep to the gain on the FIT columns, or why the layer stays dense."""
         method, problem = self._problem(layer, statistics)
         if method != self.method:
-            return None
+            return Status.DENSE
         with threads_for(problem.d, self.threads):
             solution = METHODS[method](problem, LayerBudget(gain=gain), settings=self.settings)
-        return self._fitted(layer, problem, solution, statistics)
+        found = self._fitted(layer, problem, solution, statistics)
+        if found is None:
+            return solution.status
+        return Status.DENSE if self._saves_nothing(layer, found.factors) else found
+
+    def _saves_nothing(self, layer: Layer, factors: AnyFactors) -> bool:
+        """Return whether single entries would be stored in full all the same."""
+        if not isinstance(factors, ElementFactors):
+            return False
+        count = int(stored_entries(factors.sparse).nnz)
+        return not is_in_parts(factors.rank, count, (layer.out, layer.d), takes_sparse(self.view.model))
 
     def _fitted(
         self, layer: Layer, problem: Problem, solution: Solution, statistics: Mapping[str, Statistic]
@@ -129,6 +139,8 @@ class Bench:
             return (self.method if self.method in DATA_FREE else None), Problem(weight, layer.taps)
         if layer.op == "Conv" and METHODS[self.method].fully_connected_only:
             return None, Problem(weight, layer.taps)
+        if self.with_columns and fit_on is not None and solver_rows(layer, self.memory_bytes) < layer.d:
+            return None, Problem(weight, layer.taps)  # hardly a column would fit into memory
         square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
         kernel = (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square else None
         columns, checks = (s.columns if s else None for s in map(statistics.get, (FIT, SELECT)))

@@ -8,6 +8,7 @@ that all reservoirs of the chain share, and says nothing of others; it stands be
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -47,13 +48,20 @@ def find_chain(view: View, compressed: Sequence[str]) -> Chain | str:
     for output in view.graph.outputs:
         found: list[Layer] = []
         layer = by_output.get(_behind(view, output.name))
-        while layer is not None and layer.op in ("Gemm", "MatMul") and not layer.geometry.weight_left:
+        while layer is not None and _is_link(layer):
             found.insert(0, layer)
             layer = by_output.get(_behind(view, layer.input))
         chain = _cut(found, compressed)
         if chain:
             return Chain(chain, output.name)
     return "the compressed layers are no chain of fully connected layers up to an output of the model"
+
+
+def _is_link(layer: Layer) -> bool:
+    """Return whether the layer is fully connected and adds nothing but a constant row."""
+    if layer.op == "Gemm":
+        return layer.bias is not None or layer.affine  # else its C is computed, perhaps from the chain itself
+    return layer.op == "MatMul" and not layer.geometry.weight_left
 
 
 def _cut(found: Sequence[Layer], compressed: Sequence[str]) -> tuple[Layer, ...]:
@@ -84,6 +92,8 @@ def promise(
     chain = find_chain(subject.view, list(fitted))
     if isinstance(chain, str):
         return chain
+    if any(math.prod(subject.shapes[la.node]) != la.out for la in chain.layers if la.node in fitted):
+        return "its layers see more than one column a sample"
     known = [items.get(layer.node) for layer in chain.layers if layer.node in fitted]
     shared = _shared([each for each in known if each is not None])
     if len(shared) == 0 or any(each is None for each in known):

@@ -443,7 +443,8 @@ def _fit_behind(
     norms[chosen.support] += 1e-9 * norms.max(initial=1.0)  # where the relaxed part holds fewer channels, the old ones
     support = np.flatnonzero(largest(norms, len(chosen.support)))
     found = refitted(problem, sample, linear, metric)
-    if set(support) != set(chosen.support):
+    # without a low-rank part the channels stay: a plan may have taken filters out for them
+    if chosen.rank and set(support) != set(chosen.support):
         found += refitted(problem, sample, _linear(problem, metric, support, chosen.rank), metric)
     judges = problem.checks or first(problem.columns, max(problem.d, WORK // problem.params))
     errors = [activation_error(problem, factors, judges) for factors in found]

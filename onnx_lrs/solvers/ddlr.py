@@ -242,7 +242,9 @@ def fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
     """
     problem = dataclasses.replace(problem, moments=on.column_moments(problem))
     here = on.region(problem, 0.0)
-    (point, history), *_ = fits(problem, here, [chosen.rank], chosen.damping, settings.steps or DESCENTS)
+    (point, history), *_ = fits(
+        problem, here, [chosen.rank], chosen.damping, DESCENTS if settings.steps is None else settings.steps
+    )
     return budgeted(problem, factors_of(problem, here, point), on.shift_of(problem, here, point), history)
 
 
@@ -269,10 +271,10 @@ def fits(
 
 
 def candidates(problem: Problem, multiple: int, settings: Settings) -> list[Candidate]:
-    """Return at most POINTS ranks, multiples and geometric, each fitted to the columns and judged as all methods are.
+    """Return at most POINTS ranks, multiples and geometric, each fitted to the columns.
 
-    The loss is J on the validation moments (those of the fit if there are none) relative to the output's variance:
-    what follows the activation is what the fit lowers, and J is what can be compared.
+    The loss is the relative squared error behind the activation on the checks (or columns), not J: J would count what
+    the ReLU cuts. It compares the layers of a network, not this method with others.
     """
     problem = dataclasses.replace(problem, moments=on.column_moments(problem))
     most = min(int(LARGEST * problem.params) // problem.rank_cost, *problem.weight.shape) // multiple

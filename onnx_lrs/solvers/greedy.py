@@ -168,7 +168,8 @@ def decompose(given: Task, rank: int, steps: int, settings: Settings, blocks: in
         state = _advance(given, state, True)
 
     def advance(now: State, number: int) -> tuple[State, Step]:
-        choose = given.elements or number % RECHOOSE == RECHOOSE - 1
+        # channels alone stay those of the candidate: a plan may have taken filters out for them
+        choose = given.elements or (rank > 0 and number % RECHOOSE == RECHOOSE - 1)
         found = _advance(given, now, choose)
         fall = (now.error - found.error) / max(now.error, 1e-300)
         if found.error > now.error:  # too long a step, or worse channels: again without

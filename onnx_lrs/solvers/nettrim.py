@@ -43,14 +43,7 @@ FINE = 1 / 64  # the least share of the entries whose removal is tried (at least
 DESCENTS = 12  # steps of a fit to a budget
 GAINS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)  # of ||A||: the convex path of a budget, from slack to tight
 PATH = (40, 3e-3)  # steps and residuals of a point on it
-DENSITIES = (
-    1 / 32,
-    1 / 16,
-    1 / 10,
-    1 / 6,
-    1 / 4,
-    1 / 3,
-)  # beyond a third a sparse initializer (12 bytes) saves nothing
+DENSITIES = (1 / 32, 1 / 16, 1 / 10, 1 / 6, 1 / 4, 1 / 3, 0.45)  # beyond about half a sparse tensor saves nothing
 CONJUGATE = 8  # steps of conjugate gradients of one fit
 
 
@@ -267,7 +260,7 @@ def fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
     problem = dataclasses.replace(problem, moments=on.column_moments(problem))
     here = on.region(problem, 0.0)
     (weight,) = path(here, [chosen.elements])
-    run = refit(problem, here, weight, chosen, settings.steps or DESCENTS)
+    run = refit(problem, here, weight, chosen, DESCENTS if settings.steps is None else settings.steps)
     shift = on.shift_of(problem, here, run.best)
     factors = factors_of(here, run.best.weight, shift)
     error = on.measure(problem, factors.dense(), shift).error
@@ -305,7 +298,10 @@ def refit(problem: Problem, here: Region, weight: Real, chosen: Candidate, steps
 
 
 def candidates(problem: Problem, multiple: int, settings: Settings) -> list[Candidate]:
-    """Return the DENSITIES that are at least one entry, each fitted to the columns and judged as all methods are."""
+    """Return the DENSITIES that are at least one entry, each fitted to the columns.
+
+    The loss is that of ddlr's candidates.
+    """
     problem = dataclasses.replace(problem, moments=on.column_moments(problem))
     counts = sorted({int(share * problem.params) for share in DENSITIES} - {0})
     here, damping = on.region(problem, 0.0), choose_damping(problem)

@@ -294,7 +294,8 @@ AnyFactors = Factors | SpatialFactors | ElementFactors
 class Candidate:
     """One point of a layer's error curve.
 
-    ``loss`` is J relative to the layer's output variance on the validation moments; ``support`` the kept channels;
+    ``loss`` is J relative to the layer's output variance on the validation moments (ddlr and nettrim: the relative
+    squared error behind the activation); ``support`` the kept channels;
     ``damping`` the share of the mean diagonal of H that was added to it; ``elements`` the single entries of S.
     """
 
