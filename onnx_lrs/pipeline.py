@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, is_wide, solver_rows, steps
+from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, has_few_columns, is_wide, steps
 from onnx_lrs.calibration.subject import Inputs, Material, Subject, examine, measure_shapes, open_material
 from onnx_lrs.config import Budget, Config
 from onnx_lrs.data import Samples
@@ -36,10 +36,10 @@ from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.session import Session
 from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
 from onnx_lrs.solvers import METHODS, Settings, Status
-from onnx_lrs.solvers.closed_form import DATA_FREE, form_of
+from onnx_lrs.solvers.closed_form import form_of
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 
-ELEMENT_METHODS = ("greedy", "nettrim")
+ELEMENT_METHODS = tuple(name for name, method in METHODS.items() if "elements" in method.structures)
 ROUNDING = 1e-3  # of a bound: the file's float32 weights
 HELD = 1.25  # times the allowed error on held-out samples is beyond chance
 POOR = 0.3  # relative error of an output beyond which the console warns
@@ -165,9 +165,9 @@ def _check_method(job: Job) -> None:
         raise ConfigError(
             f"--gain asks for a guaranteed error; --method {name} gives none.", f"Methods that do: {able}."
         )
-    if budget.kind == "macs" and name == "nettrim":
+    if budget.kind == "macs" and method.structures == ("elements",):
         raise ConfigError(
-            "--macs does not go with --method nettrim: single weights run as a dense layer.", "Use --params."
+            f"--macs does not go with --method {name}: single weights run as a dense layer.", "Use --params."
         )
     if job.config.structure == "elements" and name not in ELEMENT_METHODS:
         raise ConfigError(
@@ -264,10 +264,10 @@ def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
             notes.append(f"--method {job.config.method} is for fully connected layers: {convolutions} Conv stay dense.")
     if job.config.method in ELEMENT_METHODS and not takes_sparse(subject.folded):
         notes.append(f"IR version {subject.folded.ir_version} has no sparse tensors (6 has): no single entries.")
-    if material.samples is None or job.config.method in DATA_FREE:
+    if material.samples is None or not METHODS[job.config.method].sees_data:
         return notes
     memory, cramped = job.config.memory_bytes, METHODS[job.config.method].needs_columns
-    wide = [la.name for la in subject.layers if is_wide(la, memory) or (cramped and solver_rows(la, memory) < la.d)]
+    wide = [la.name for la in subject.layers if is_wide(la, memory) or (cramped and has_few_columns(la, memory))]
     low_rank = job.config.method in LOW_RANK and job.config.structure == "channels"
     outcome = "low rank only" if low_rank else "they stay dense"
     if wide:

@@ -99,6 +99,11 @@ def solver_rows(layer: Layer, memory_bytes: int) -> int:
     return min(reservoir_rows(layer, memory_bytes), room)
 
 
+def has_few_columns(layer: Layer, memory_bytes: int) -> bool:
+    """Return whether memory leaves a solver fewer sampled columns than the layer has features."""
+    return solver_rows(layer, memory_bytes) < layer.d
+
+
 def _share(layer: Layer, memory_bytes: int) -> int:
     left = max(memory_bytes - 8 * layer.d**2 * MATRICES_PER_SOLVE, 0)
     return min(memory_bytes // 4, left // SHARES)

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import Statistic, is_wide, solver_rows
+from onnx_lrs.calibration.capture import Statistic, has_few_columns, is_wide
 from onnx_lrs.graph.forms import is_in_parts, stored_entries
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
 from onnx_lrs.solvers.behind import activation_error, response_norm
 from onnx_lrs.solvers.blas import threads_for
-from onnx_lrs.solvers.closed_form import DATA_FREE
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
 
@@ -131,15 +130,15 @@ class Bench:
     def _problem(self, layer: Layer, statistics: Mapping[str, Statistic]) -> tuple[str | None, Problem]:
         fit_on, select_on = (s.moments if s else None for s in map(statistics.get, (FIT, SELECT)))
         if self._in_outputs(layer):
-            if fit_on is None or self.method in DATA_FREE:
+            if fit_on is None or not METHODS[self.method].sees_data:
                 fit_on = Moments(1, np.zeros(layer.out), self._weight_gram(layer))
             return "hsvd", Problem(np.eye(layer.out), 1, fit_on, select_on, affine=layer.affine, width=layer.d)
         weight = weight_matrix(self.view, layer)
         if is_wide(layer, self.memory_bytes):
-            return (self.method if self.method in DATA_FREE else None), Problem(weight, layer.taps)
+            return (None if METHODS[self.method].sees_data else self.method), Problem(weight, layer.taps)
         if layer.op == "Conv" and METHODS[self.method].fully_connected_only:
             return None, Problem(weight, layer.taps)
-        if self.with_columns and fit_on is not None and solver_rows(layer, self.memory_bytes) < layer.d:
+        if self.with_columns and fit_on is not None and has_few_columns(layer, self.memory_bytes):
             return None, Problem(weight, layer.taps)  # hardly a column would fit into memory
         square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
         kernel = (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square else None

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs.solvers.behind import activation_error, bias_of
 from onnx_lrs.solvers.loop import Run, Step, iterate
-from onnx_lrs.solvers.moments import Accumulator, Moments
+from onnx_lrs.solvers.moments import Moments, moments_of
 from onnx_lrs.solvers.problem import Array, Factors, Problem, Solution, Status, objective
 
 Real = NDArray[Any]  # float32 or float64, one of them throughout a Region
@@ -340,11 +340,7 @@ def column_moments(problem: Problem) -> Moments:
     """
     if problem.columns is None:
         raise ValueError("this method needs sampled columns: Problem(..., columns=Columns(inputs))")
-    if problem.moments is not None:
-        return problem.moments
-    gathered = Accumulator(problem.d)
-    gathered.add(problem.columns.inputs)
-    return gathered.moments()
+    return problem.moments or moments_of(problem.columns.inputs)
 
 
 # ------------------------------------------------------------------------------------------------------ the splitting

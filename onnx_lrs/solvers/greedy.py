@@ -392,4 +392,4 @@ def _damping(problem: Problem) -> float:
     return DAMPINGS[int(np.argmin(errors))]
 
 
-GREEDY = Method(_candidates, _choose, _fit)
+GREEDY = Method(_candidates, _choose, _fit, structures=("channels", "elements"))

@@ -17,6 +17,7 @@ from onnx_lrs.solvers.problem import (
     Settings,
     Solution,
     Status,
+    Structure,
     objective,
 )
 
@@ -47,6 +48,8 @@ class Method:
         False for the baselines that fit nothing.
     direct : callable, optional
         ``(problem, budget, settings)`` -> what ``choose`` and ``fit`` give together, where they share a factorisation.
+    structures : tuple of str
+        What the sparse part may keep, as in :class:`onnx_lrs.solvers.Settings`.
     fully_connected_only : bool
         Whether the method is stated for fully connected layers and leaves convolutions alone.
     """
@@ -57,6 +60,7 @@ class Method:
     within_error: Guarantee | None = None
     needs_columns: bool = False
     sees_data: bool = True
+    structures: tuple[Structure, ...] = ("channels",)
     fully_connected_only: bool = False
     direct: Direct | None = None
 

@@ -313,4 +313,4 @@ def candidates(problem: Problem, multiple: int, settings: Settings) -> list[Cand
     return found
 
 
-NETTRIM = Method(candidates, choose, fit, within_error, needs_columns=True)
+NETTRIM = Method(candidates, choose, fit, within_error, needs_columns=True, structures=("elements",))
