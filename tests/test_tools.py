@@ -10,7 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from PIL import Image
+
+from tests import small_nets as nets
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARE = ("compare_methods.py", "--layers", "conv2", "--methods", "hsvd", "magnitude", "--budgets", "1/4")
@@ -166,6 +171,118 @@ def test_the_accuracy_of_the_fully_connected_layers(tmp_path, tool):
     assert f"| {record['accuracy']:.2%} |" in out
 
 
+BUDGETS = ("params=0.5", "params=0.001")  # the second is too small for any plan
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory) -> tuple[Path, tuple[object, ...]]:
+    """The file of a run of compare_fits, half of whose budgets cannot be reached, and the arguments of that run."""
+    folder = tmp_path_factory.mktemp("fits")
+    net, judging = nets.conv_net(), nets.as_floats(nets.pictures(32, seed=5))
+    onnx.save(net, folder / "net.onnx")
+    np.savez(folder / "calibration.npz", image=nets.as_floats(nets.pictures(48)))
+    np.savez(folder / "test.npz", image=judging, labels=nets.run(net, {"image": judging})[0].argmax(axis=1))
+    test = folder / "test.npz"
+    arguments = (folder / "net.onnx", "--data", folder / "calibration.npz", "--test", test, "--labels", test)
+    arguments += ("--threads", 1, "--budgets", *BUDGETS, "--fits", "independent", "--samples", 24)
+    done = call("compare_fits.py", *arguments, "--name", "tiny", "--out", folder / "cells.jsonl")
+    assert done.returncode == 1, done.stderr
+    assert "1 of 2 runs failed" in done.stderr
+    return folder / "cells.jsonl", arguments
+
+
+def test_a_run_of_a_fit_says_what_it_reached_and_took(fits):
+    reached, failed = records(fits[0])
+    for record, budget in zip((reached, failed), BUDGETS, strict=True):
+        assert (record["model"], record["budget"], record["fit"]) == ("tiny", budget, "independent")
+        assert (record["samples"], record["threads"], record["test"]) == (24, 1, "test.npz")
+    assert reached["accuracy_before"] == 1.0  # the labels are the model's own
+    assert reached["accuracy_after"] == reached["top1_agreement"] > 0.5
+    assert reached["judged"] == 32
+    assert reached["params_ratio"] >= 2
+    assert reached["seconds"]["total"] >= reached["seconds"]["fit"] > 0
+    assert reached["profile"]["plain_forward"] > 0
+    assert 50e6 < reached["peak_memory_bytes"] < 1e9
+    assert failed["failed"].startswith("BudgetError: --params 0.001 cannot be reached")
+
+
+def test_runs_that_are_there_are_not_done_again(fits, tool):
+    path, arguments = fits
+    before = path.read_text()
+    code, _, told = tool("compare_fits", *arguments, "--name", "tiny", "--out", path)
+    assert "tiny: 0 runs to do, 2 in the file" in told
+    assert code == 1  # one of them failed
+    code, _, told = tool("compare_fits", *arguments, "--name", "tiny", "--seed", 1, "--out", path)
+    assert code == 2
+    assert "holds cells of tiny with seed 0, not 1" in told
+    assert path.read_text() == before
+
+
+def test_a_smaller_subset_is_part_of_a_larger_one(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    prepare = importlib.import_module("compare_fits").prepare
+    onnx.save(nets.conv_net(), tmp_path / "net.onnx")
+    pictures = nets.pictures(20)
+    np.savez(tmp_path / "a.npz", image=pictures, labels=np.arange(20), remark=np.zeros(3))
+    np.save(tmp_path / "a.npy", pictures)
+    for number, pixels in enumerate(pictures):
+        home = tmp_path / "photos" / f"class{number % 2}"
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(home / f"{number:02}.png")
+    (tmp_path / "photos" / "class2").mkdir()  # empty, and still a class
+    drawn = {}
+    for name in ("a.npz", "a.npy", "photos"):
+        folder = tmp_path / f"cut {name}"
+        folder.mkdir()
+        found = prepare([str(tmp_path / "net.onnx"), "--data", str(tmp_path / name)], [5, 10, 20], folder)
+        assert found[20] == tmp_path / name
+        drawn[name] = [found[5], found[10]]
+    small, large = (np.load(path)["image"] for path in drawn["a.npz"])
+    assert (len(small), len(large)) == (5, 10)
+    assert {image.tobytes() for image in small} < {image.tobytes() for image in large}
+    for path, values in zip(drawn["a.npy"], (small, large), strict=True):
+        np.testing.assert_array_equal(np.load(path), values)
+    few, many = ({path.relative_to(home) for path in home.rglob("*.png")} for home in drawn["photos"])
+    assert (len(few), len(many)) == (5, 10)
+    assert few < many
+    assert sorted(path.name for path in drawn["photos"][0].iterdir()) == ["class0", "class1", "class2"]
+
+
+def made_up_run(fit: str, accuracy: float | None, samples: int = 100, **more: object) -> dict:
+    common = {"model": "net", "budget": "macs=0.33", "fit": fit, "samples": samples, "threads": 2, "machine": "paper"}
+    figures = {"accuracy_before": 0.9, "accuracy_after": accuracy, "relative_l2": 0.1, "top1_agreement": 0.75}
+    figures |= {"params_ratio": 2.0, "macs_ratio": 3.0, "file_ratio": 2.5, "latency_before_ms": 3.0}
+    figures |= {"latency_after_ms": 2.0, "peak_memory_bytes": 3 << 29, "provider": "CPUExecutionProvider"}
+    figures |= {"profile": {"forward": 6.0, "plain_forward": 2.0}, "seconds": {"total": samples / 10}}
+    return common | ({} if "failed" in more else figures) | more
+
+
+def test_the_tables_of_the_fits_hold_the_figures(tmp_path, tool):
+    path = tmp_path / "cells.jsonl"
+    lines = [
+        *[made_up_run("independent", 0.5), made_up_run("cascade", 0.49), made_up_run("cascade-linear", 0.5)],
+        *[made_up_run("cascade", 0.6, 200, seconds={"total": 15.0}), made_up_run("independent", None, 50, model="b")],
+        made_up_run("independent", None, 200, failed="BudgetError: too small", seconds={"total": 1.0}),
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, _ = tool("compare_fits", "--render", path)
+    assert code == 0
+    for row in (
+        "| net | macs=0.33 | 100 | 90.00 | 50.00 | 50.00 | 49.00 | yes | no |",
+        "| net | macs=0.33 | 200 | 90.00 | BudgetError |  | 60.00 |  |  |",
+        "| b | macs=0.33 | 50 | 90.00 | 75.00 |  |  |  |  |",
+        "- b: no labels; how often the largest class is that of the dense model.",
+        "- net: independent failed at macs=0.33, 200 samples: BudgetError: too small",
+        "| net | macs=0.33 | 100 | cascade | 10.0 | 1.50 "
+        "| 2.00x | 3.00x | 2.50x | 3.00 -> 2.00 | 1.50x | 10.00 | 75.00 |",
+        "| net | macs=0.33 | cascade + activation | 100 | 10.0 |  |  |",
+        "| net | macs=0.33 | cascade + activation | 200 | 15.0 | 2.00x | 1.50x |",
+        "| net | macs=0.33 | 100 | independent | 2.00 | 6.00 (3.00x) |",
+        "Measured on paper; ONNX Runtime with 2 threads, CPUExecutionProvider.",
+    ):
+        assert row in out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -174,6 +291,12 @@ def test_the_accuracy_of_the_fully_connected_layers(tmp_path, tool):
         (("compare_methods", "--out", "x", "--budgets", "2"), "'2' is no fraction between 0 and 1"),
         (("compare_methods", "--out", "x", "--layers", "conv9"), "matches no layer; there are conv2, fc1, fc2"),
         (("compare_methods", "--render", "missing.jsonl"), "missing.jsonl holds no cells"),
+        (("compare_fits", "a.onnx", "--out", "x"), "--data is missing"),
+        (("compare_fits", "a.onnx", "--data", "d", "--out", "x", "--params", "0.5"), "--params has no use here"),
+        (("compare_fits", "a.onnx", "--data", "d", "--out", "x", "--samples", "9"), "--samples needs --test"),
+        (("compare_fits", "a.onnx", "--data", "d", "--out", "x", "--budgets", "half"), "'half' is no budget"),
+        (("compare_fits", "a.onnx", "--data", "d", "--out", "x", "--budgets", "params=2"), "--params is 2.0"),
+        (("compare_fits", "a.onnx", "--data", "d", "--out", "x"), "a.onnx"),
         (("lenet_fully_connected", "--out", "x", "--methods", "best"), "unknown 'best'"),
     ],
 )

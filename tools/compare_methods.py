@@ -43,6 +43,7 @@ from trials import (
     machine,
     markdown,
     read_records,
+    refuse_mixture,
     rows,
     say,
     shape_of,
@@ -285,25 +286,6 @@ def matching(layers: Sequence[Layer], patterns: Sequence[str]) -> tuple[Layer, .
         if not any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers):
             raise ValueError(f"--layers {pattern!r} matches no layer; there are {', '.join(la.name for la in layers)}")
     return tuple(layer for layer in layers if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns))
-
-
-def refuse_mixture(network: Network, done: Sequence[Record]) -> None:
-    """Refuse to add cells to others of the same model that were made with other settings.
-
-    Raises
-    ------
-    ValueError
-        If there are some.
-    """
-    for record in done:
-        if record["model"] != network.name:
-            continue
-        for name in COMPARABLE:
-            if record[name] != network.settings[name]:
-                raise ValueError(
-                    f"the file holds cells of {network.name} with {name} {record[name]}, not {network.settings[name]}; "
-                    "use the same settings, another --name or another --out"
-                )
 
 
 # ----------------------------------------------------------------------------------------------------------- rendering
@@ -580,7 +562,7 @@ def fill(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     with contextlib.ExitStack() as stack:
         stack.enter_context(checked_threads(parser, arguments.threads))
         network = open_network(arguments, stack)
-        refuse_mixture(network, done)
+        refuse_mixture(network.name, {name: network.settings[name] for name in COMPARABLE}, done)
         tasks = tasks_of(network, chosen, arguments.budgets, done)
         say(f"{network.name}: {len(tasks)} cells to fill in {len(network.layers)} layers")
         for number, record in enumerate(filled(network, tasks), 1):

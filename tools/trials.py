@@ -206,6 +206,25 @@ def read_records(path: Path) -> list[Record]:
         raise ValueError(f"{path} holds a line that is no JSON: {error}; remove it or use another file") from error
 
 
+def refuse_mixture(model: str, settings: Record, done: Sequence[Record]) -> None:
+    """Refuse to add cells to others of the same model that were made with other settings.
+
+    Raises
+    ------
+    ValueError
+        If there are some.
+    """
+    for record in done:
+        if record["model"] != model:
+            continue
+        for name, value in settings.items():
+            if record.get(name) != value:
+                raise ValueError(
+                    f"the file holds cells of {model} with {name} {record.get(name)}, not {value}; "
+                    "use the same settings, another --name or another --out"
+                )
+
+
 def append_record(path: Path, record: Record) -> None:
     """Append a record as one line; numbers that are not finite become null. Drops an unfinished last line."""
     line = json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False)
