@@ -29,6 +29,7 @@ from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench
 from onnx_lrs.progress import Silent
 from onnx_lrs.solvers import METHODS
+from onnx_lrs.solvers.activation import LINEAR, RELU
 from onnx_lrs.solvers.behind import activation_error
 from onnx_lrs.solvers.problem import Columns, Factors, Problem
 from tests import small_nets as nets
@@ -374,7 +375,7 @@ def test_a_problem_gets_bias_activation_and_columns():
     for layer in net.layers:
         _, problem = bench_of(net)._problem(layer, statistics[layer.node])
         own = statistics[layer.node]
-        assert problem.activation == "relu"
+        assert problem.activation == RELU
         np.testing.assert_array_equal(problem.bias, bias_row(View(net.model), layer))
         assert problem.columns is own[FIT].columns
         assert problem.checks is own[SELECT].columns
@@ -382,7 +383,7 @@ def test_a_problem_gets_bias_activation_and_columns():
         assert set(own[SELECT].items) <= set(items[30:40])
     assert bench_of(net)._problem(net.layers[0], {})[1].columns is None
     query = bench_of(NETS["block"])._problem(NETS["block"].layers[0], {})[1]
-    assert (query.bias, query.activation) == (None, "linear")
+    assert (query.bias, query.activation) == (None, LINEAR)
 
 
 @pytest.mark.parametrize(("name", "behind"), [("fc1", "r3"), ("conv2", "r2")])

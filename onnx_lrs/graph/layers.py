@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs.errors import ModelError
 from onnx_lrs.graph.model import View, is_standard
-from onnx_lrs.solvers.problem import Activation
+from onnx_lrs.solvers.activation import LINEAR, RELU, Activation
 
 SMALLEST = 1024  # weights; below that the extra node costs more than any factorisation saves
 WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
@@ -73,7 +73,7 @@ class Layer:
     bias_add: str | None
     affine: bool
     geometry: Geometry
-    activation: Activation = "linear"
+    activation: Activation = LINEAR
 
     @property
     def d(self) -> int:
@@ -346,18 +346,18 @@ def _activation(view: View, layer: Layer) -> Activation:
     off is not ``W x + b``.
     """
     if layer.op == "Gemm" and layer.bias is None and not layer.affine:
-        return "linear"
+        return LINEAR
     waiting = [layer.output]
     while waiting:
         tensor = waiting.pop()
         readers = view.readers(tensor)
         if not readers or tensor in view.outputs or tensor in view.captured:
-            return "linear"
+            return LINEAR
         others = [node for node in readers if node.op != "Relu" or not is_standard(node.domain)]
         if not all(node.op == "MaxPool" and is_standard(node.domain) and len(node.outputs) == 1 for node in others):
-            return "linear"
+            return LINEAR
         waiting += [node.outputs[0].name for node in others]
-    return "relu"
+    return RELU
 
 
 def _bias(view: View, node: gs.Node, out: int) -> tuple[str | None, bool]:
