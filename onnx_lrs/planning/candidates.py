@@ -13,6 +13,7 @@ from onnx_lrs.graph.forms import is_in_parts, stored_entries
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
+from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, judged
@@ -153,7 +154,7 @@ class Bench:
             layer.affine,
             kernel,
             bias=bias_row(self.view, layer),
-            activation=layer.activation,
+            activation=layer.activation if layer.behind.total in ("", layer.output) else LINEAR,
             columns=columns,
             checks=checks,
         )
