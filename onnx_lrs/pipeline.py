@@ -495,6 +495,7 @@ def _layer_result(
         allowed_error=done.allowed / done.scale if done and done.allowed is not None and done.scale else None,
         reached_error=done.reached / done.scale if done and done.reached is not None and done.scale else None,
         status=done.status.name.lower() if done else "dense",
+        activation=layer.behind.label,
     )
 
 

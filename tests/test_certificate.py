@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from onnx_lrs.solvers import Budget, Columns, Problem, Status, solve
+from onnx_lrs.solvers.activation import RELU
 from onnx_lrs.solvers.certificate import Link, bound, chain, link, spectral_norm
 
 
@@ -29,7 +30,7 @@ def forward(problems, factors, a):
         if found is not None:
             weight, bias = found.dense(), bias + found.bias_shift
         a = a @ weight.T + bias
-        a = np.maximum(a, 0) if problem.activation == "relu" else a
+        a = np.maximum(a, 0) if problem.activation == RELU else a
     return a
 
 

@@ -29,6 +29,7 @@ from onnx_lrs.solvers import (
     solve,
 )
 from onnx_lrs.solvers import constrained as on
+from onnx_lrs.solvers.activation import LINEAR, RELU
 from onnx_lrs.solvers.behind import activation_error
 
 NAMES = ("ddlr", "nettrim")
@@ -65,7 +66,7 @@ def parts(problem):
     x = problem.columns.inputs.astype(float)
     v = x @ problem.weight.T + (0 if problem.bias is None else problem.bias)
     y = v if problem.columns.outputs is None else problem.columns.outputs.astype(float)
-    if problem.activation == "linear":
+    if problem.activation == LINEAR:
         return x, y, np.ones(y.shape, bool), v
     return x, np.maximum(y, 0), y > 0, np.zeros_like(v) if problem.columns.outputs is None else v
 
@@ -75,7 +76,7 @@ def reached(problem, factors):
     x, a, inside, limit = parts(problem)
     v = x @ factors.dense().T + (0 if problem.bias is None else problem.bias) + factors.bias_shift
     above = np.where(inside, -np.inf, v - limit).max(initial=-np.inf)
-    after = np.maximum(v, 0) if problem.activation == "relu" else v
+    after = np.maximum(v, 0) if problem.activation == RELU else v
     return np.linalg.norm((v - a)[inside]), above, np.linalg.norm(after - a)
 
 

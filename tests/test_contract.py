@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from onnx_lrs.solvers import Budget, Factors, Moments, Problem, Settings, Solution, Status, curve, fit, objective, solve
+from onnx_lrs.solvers.activation import RELU
 from onnx_lrs.solvers.method import definite
 from onnx_lrs.solvers.moments import moments_of
 from onnx_lrs.solvers.problem import Candidate, Columns
@@ -262,7 +263,7 @@ def reached_behind(problem, factors):
     x = problem.columns.inputs.astype(np.float64)
     exact = x @ problem.weight.T + problem.bias
     near = x @ factors.dense().T + problem.bias + factors.bias_shift
-    if problem.activation == "relu":
+    if problem.activation == RELU:
         exact, near = np.maximum(exact, 0), np.maximum(near, 0)
     return np.linalg.norm(exact - near), np.linalg.norm(exact)
 

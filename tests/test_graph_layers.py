@@ -10,9 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_lrs.errors import ModelError
 from onnx_lrs.graph import layers as module
 from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
-from onnx_lrs.graph.layers import bias_row, find, weight_matrix
+from onnx_lrs.graph.layers import Behind, affine_behind, bias_row, find, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import rewrite
+from onnx_lrs.solvers.activation import LINEAR, RELU, clip, leaky_relu
 from tests.builders import OPSETS, layout, make, node, normal, planted, run
 
 OUT, IN = 32, 40
@@ -374,17 +375,27 @@ def test_a_weight_that_is_not_finite_names_tensor_and_layer(value):
 # ---------------------------------------------------------------- what follows
 
 
-RELU = node("Relu", ["y"], ["z"])
+CUT = node("Relu", ["y"], ["z"])
 READERS = {  # what reads the layer's output y, the graph outputs, and what the layer is followed by
-    "relu": ([RELU], ("z",), "relu"),
+    "relu": ([CUT], ("z",), "relu"),
     "relu of the standard domain by name": ([node("Relu", ["y"], ["z"], domain="ai.onnx")], ("z",), "relu"),
-    "two relus": ([RELU, node("Relu", ["y"], ["z2"])], ("z", "z2"), "relu"),
-    "a relu and another": ([RELU, node("Neg", ["y"], ["z2"])], ("z", "z2"), "linear"),
-    "an addition behind the relu": ([RELU, node("Add", ["z", "z"], ["s"])], ("s",), "relu"),
+    "two relus": ([CUT, node("Relu", ["y"], ["z2"])], ("z", "z2"), "relu"),
+    "a relu and another": ([CUT, node("Neg", ["y"], ["z2"])], ("z", "z2"), "linear"),
+    "an addition behind the relu": ([CUT, node("Add", ["z", "z"], ["s"])], ("s",), "relu"),
     "nothing": ([], ("y",), "linear"),
-    "a relu and the caller": ([RELU], ("z", "y"), "linear"),
+    "a relu and the caller": ([CUT], ("z", "y"), "linear"),
     "another function": ([node("Sigmoid", ["y"], ["z"])], ("z",), "linear"),
-    "leaky": ([node("LeakyRelu", ["y"], ["z"])], ("z",), "linear"),
+    "leaky": ([node("LeakyRelu", ["y"], ["z"])], ("z",), "leaky-relu"),
+    "two leaks": (
+        [node("LeakyRelu", ["y"], ["z"]), node("LeakyRelu", ["y"], ["z2"], alpha=0.1)],
+        ("z", "z2"),
+        "linear",
+    ),
+    "a leak, given and by default": (
+        [node("LeakyRelu", ["y"], ["z"]), node("LeakyRelu", ["y"], ["z2"], alpha=0.01)],
+        ("z", "z2"),
+        "leaky-relu",
+    ),
     "identity, then relu": ([node("Identity", ["y"], ["i"]), node("Relu", ["i"], ["z"])], ("z",), "linear"),
 }
 
@@ -393,13 +404,13 @@ READERS = {  # what reads the layer's output y, the graph outputs, and what the 
 def test_the_activation_is_what_every_reader_applies_first(case):
     nodes, outputs, expected = READERS[case]
     (layer,), _ = search(build([matmul(), *nodes], outputs=outputs))
-    assert layer.activation == expected
+    assert layer.activation.name == expected
 
 
 def test_a_relu_of_another_domain_may_be_anything():
     foreign = node("Relu", ["y"], ["z"], domain="com.other")
     opaque = make([matmul(), foreign], {"x": (2, IN)}, {"z": (2, OUT)}, {"w": W})
-    assert search(opaque)[0][0].activation == "linear"
+    assert search(opaque)[0][0].activation.name == "linear"
 
 
 def pool(source, *outputs, **attrs):
@@ -409,7 +420,7 @@ def pool(source, *outputs, **attrs):
 POOLS = {
     "pool, relu": ([pool("y", "p"), node("Relu", ["p"], ["z"])], ("z",), "relu"),
     "pool, pool, relu": ([pool("y", "p"), pool("p", "q"), node("Relu", ["q"], ["z"])], ("z",), "relu"),
-    "pool and relu": ([RELU, pool("y", "p"), node("Relu", ["p"], ["z2"])], ("z", "z2"), "relu"),
+    "pool and relu": ([CUT, pool("y", "p"), node("Relu", ["p"], ["z2"])], ("z", "z2"), "relu"),
     "pool": ([pool("y", "p")], ("p",), "linear"),
     "pool, relu and another": (
         [pool("y", "p"), node("Relu", ["p"], ["z"]), node("Neg", ["p"], ["n"])],
@@ -433,7 +444,7 @@ def test_a_maximum_over_positions_commutes_with_relu(case):
     constants = {"k": normal(OUT, 5, 3, 3), "b": normal(OUT)}
     model = build(nodes, {"x": (1, 5, 9, 9)}, constants, outputs=outputs)
     (layer,), _ = search(model)
-    assert layer.activation == expected
+    assert layer.activation.name == expected
     if expected == "relu":  # so nobody notices that the layer gives its ReLU already
         nodes[0] = node("Conv", ["x", "k", "b"], ["before"])
         early = build([nodes[0], node("Relu", ["before"], ["y"]), *nodes[1:]], {"x": (1, 5, 9, 9)}, constants, outputs)
@@ -444,20 +455,20 @@ def test_a_maximum_over_positions_commutes_with_relu(case):
 def test_the_activation_stands_behind_the_bias_of_a_product():
     added = [matmul(output="m"), node("Add", ["b", "m"], ["y"])]
     constants = {"w": W, "b": normal(1, OUT)}
-    (layer,), _ = search(build([*added, RELU], constants=constants, outputs=("z",)))
-    assert (layer.output, layer.activation) == ("y", "relu")
+    (layer,), _ = search(build([*added, CUT], constants=constants, outputs=("z",)))
+    assert (layer.output, layer.activation.name) == ("y", "relu")
     (layer,), _ = search(build(added, constants=constants))
-    assert layer.activation == "linear"
+    assert layer.activation.name == "linear"
     (layer,), _ = search(build([*added, node("Relu", ["m"], ["z"])], constants=constants, outputs=("y", "z")))
-    assert (layer.output, layer.activation) == ("m", "linear")
+    assert (layer.output, layer.activation.name) == ("m", "linear")
 
 
 @pytest.mark.parametrize(("c", "expected"), [((OUT,), "relu"), ((2, OUT), "linear"), (None, "relu")])
 def test_a_gemm_with_more_than_a_bias_is_not_cut_off_where_w_x_plus_b_is(c, expected):
     constants = {"w": W} | ({"c": normal(*c)} if c else {})
     gemm = node("Gemm", ["x", *constants], ["y"], name="layer")
-    (layer,), _ = search(build([gemm, RELU], constants=constants, outputs=("z",)))
-    assert layer.activation == expected
+    (layer,), _ = search(build([gemm, CUT], constants=constants, outputs=("z",)))
+    assert layer.activation.name == expected
 
 
 def test_an_output_that_a_subgraph_reads_is_seen_as_it_is():
@@ -465,7 +476,304 @@ def test_an_output_that_a_subgraph_reads_is_seen_as_it_is():
     nodes = [matmul(output="m"), node("Relu", ["m"], ["a"])]
     nodes += [node("If", ["yes"], ["i"], then_branch=inside, else_branch=inside), node("Add", ["a", "i"], ["y"])]
     (layer,), _ = search(build(nodes, constants={"w": W, "yes": np.array(True)}))
-    assert layer.activation == "linear"
+    assert layer.activation.name == "linear"
+
+
+def gemm(*behind, outputs=("z",), constants=None, **options):
+    """Return a model of a Gemm, output ``y``, and what follows it; ``s`` is a computed tensor of y's shape."""
+    nodes = [node("Gemm", ["x", "w", "b"], ["y"], name="layer"), node("Tanh", ["t"], ["s"]), *behind]
+    given = {"w": W, "b": normal(OUT)} | (constants or {})
+    return build(nodes, {"x": (3, IN), "t": (3, OUT)}, given, outputs, **options)
+
+
+def seen(model):
+    ((layer,), _) = search(model)
+    return layer
+
+
+LIMITS = {"low": np.float32(-1), "high": np.float32(6), "row": normal(OUT), "nan": np.float32(np.nan)}
+LIMITS |= {"largest": np.finfo(np.float32).max, "lowest": np.finfo(np.float32).min, "same": np.full((1,), -1, "f4")}
+
+
+@pytest.mark.parametrize(
+    ("operands", "expected", "label"),
+    [
+        (["y"], LINEAR, "linear"),
+        (["y", "low"], clip(-1, np.inf), "clip"),
+        (["y", "", "high"], clip(-np.inf, 6), "clip"),
+        (["y", "low", "high"], clip(-1, 6), "clip"),
+        (["y", "low", ""], clip(-1, np.inf), "clip"),
+        (["y", "lowest", "largest"], LINEAR, "linear"),
+        (["y", "low", "same"], clip(-1, -1), "clip"),
+        (["y", "high", "low"], LINEAR, "clip, fitted as linear"),
+        (["y", "row", "high"], LINEAR, "clip, fitted as linear"),
+        (["y", "nan", "high"], LINEAR, "clip, fitted as linear"),
+        (["y", "low", "computed"], LINEAR, "clip, fitted as linear"),
+    ],
+)
+@pytest.mark.parametrize("opset", [11, 12, 17])
+def test_the_limits_of_a_clip_are_constant_inputs(opset, operands, expected, label):
+    used = {name: np.asarray(LIMITS[name]) for name in operands if name in LIMITS}
+    nodes = [node("ReduceMax", ["t"], ["computed"], keepdims=0)] * ("computed" in operands)
+    layer = seen(gemm(*nodes, node("Clip", operands, ["z"]), constants=used, opset=opset))
+    assert layer.activation == expected
+    assert layer.behind == Behind("y", label=label)
+
+
+@pytest.mark.parametrize("opset", [7, 9])
+def test_the_limits_of_an_old_clip_are_attributes(opset):
+    cases = [({}, LINEAR), ({"min": -1.0}, clip(-1, np.inf)), ({"max": 6.0}, clip(-np.inf, 6)), ({"min": 0.0}, RELU)]
+    cases += [({"min": 0.0, "max": 6.0}, clip(0, 6)), ({"min": 2.0, "max": 1.0}, LINEAR)]
+    for attrs, expected in cases:
+        layer = seen(gemm(node("Clip", ["y"], ["z"], **attrs), opset=opset))
+        assert (layer.activation, layer.behind.total) == (expected, "y")
+
+
+def slope_of(value):
+    return {"a": np.asarray(value, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("behind", "constants", "expected", "label"),
+    [
+        (node("LeakyRelu", ["y"], ["z"]), {}, leaky_relu(np.float32(0.01)), "leaky-relu"),
+        (node("LeakyRelu", ["y"], ["z"], alpha=3.0), {}, leaky_relu(3.0), "leaky-relu"),
+        (node("LeakyRelu", ["y"], ["z"], alpha=0.0), {}, RELU, "relu"),
+        (node("LeakyRelu", ["y"], ["z"], alpha=-0.5), {}, LINEAR, "leakyrelu, fitted as linear"),
+        (node("PRelu", ["y", "a"], ["z"]), slope_of([0.25]), leaky_relu(0.25), "leaky-relu"),
+        (node("PRelu", ["y", "a"], ["z"]), slope_of([[0.25]]), leaky_relu(0.25), "leaky-relu"),
+        (node("PRelu", ["y", "a"], ["z"]), slope_of([-0.25]), LINEAR, "prelu, fitted as linear"),
+        (node("PRelu", ["y", "a"], ["z"]), slope_of([0.25] * OUT), LINEAR, "prelu, fitted as linear"),
+        (node("PRelu", ["y", "s"], ["z"]), {}, LINEAR, "prelu, fitted as linear"),
+        (node("PRelu", ["s", "y"], ["z"]), {}, LINEAR, "prelu, fitted as linear"),
+        (node("Sigmoid", ["y"], ["z"]), {}, LINEAR, "sigmoid, fitted as linear"),
+        (node("HardSwish", ["y"], ["z"]), {}, LINEAR, "hardswish, fitted as linear"),
+        (node("Softmax", ["y"], ["z"]), {}, LINEAR, "softmax, fitted as linear"),
+        (node("Neg", ["y"], ["z"]), {}, LINEAR, "linear"),
+    ],
+)
+def test_other_activations(behind, constants, expected, label):
+    layer = seen(gemm(behind, constants=constants))
+    assert (layer.activation, layer.behind) == (expected, Behind("y", label=label))
+    if expected != LINEAR:  # and it is what ONNX Runtime computes
+        z, y = run(gemm(behind, constants=constants, outputs=("z", "y")))
+        np.testing.assert_allclose(z, expected(y), rtol=1e-6)
+
+
+def test_a_sigmoid_that_is_not_all_that_is_seen_goes_unnamed():
+    sigmoid = node("Sigmoid", ["y"], ["z"])
+    assert seen(gemm(sigmoid, outputs=("z", "y"))).behind.label == "linear"
+    assert seen(gemm(sigmoid, node("Mul", ["y", "z"], ["m"]), outputs=("m",))).behind.label == "linear"
+
+
+# ---------------------------------------------------------------- what stands between
+
+NORM = ("gain", "beta", "mean", "var")
+ADD = node("Add", ["y", "s"], ["a"])
+
+
+def norm(source, output, name="", **attrs):
+    return node("BatchNormalization", [source, *(name + part for part in NORM)], [output], **attrs)
+
+
+def norm_constants(name="", out=OUT, seed=0):
+    gain, beta, mean, var = (normal(out, seed=4 * seed + i) for i in range(4))
+    return {name + "gain": gain, name + "beta": beta, name + "mean": mean, name + "var": np.abs(var) + np.float32(0.1)}
+
+
+def relu(source, output="z"):
+    return node("Relu", [source], [output])
+
+
+def clip6(source):
+    return node("Clip", [source, "zero", "six"], ["z"])
+
+
+BETWEEN = {  # what follows y -> activation, way
+    "add": ([ADD, relu("a")], RELU, Behind("a", "s", label="add + relu")),
+    "add, operands swapped": (
+        [node("Add", ["s", "y"], ["a"]), relu("a")],
+        RELU,
+        Behind("a", "s", label="add + relu"),
+    ),
+    "add of an input": ([node("Add", ["y", "t"], ["a"]), relu("a")], RELU, Behind("a", "t", label="add + relu")),
+    "add alone": ([ADD, node("Neg", ["a"], ["z"])], LINEAR, Behind("a", "s", label="add")),
+    "add, sigmoid": (
+        [ADD, node("Sigmoid", ["a"], ["z"])],
+        LINEAR,
+        Behind("a", "s", label="add + sigmoid, fitted as linear"),
+    ),
+    "add, relu twice": ([ADD, relu("a"), relu("a", "r")], RELU, Behind("a", "s", label="add + relu")),
+    "add, relu and others": ([ADD, relu("a"), node("Neg", ["a"], ["r"])], LINEAR, Behind("a", "s", label="add")),
+    "add, read twice": ([ADD, relu("a"), node("Neg", ["y"], ["r"])], LINEAR, Behind("y")),
+    "add to itself": ([node("Add", ["y", "y"], ["a"]), relu("a")], LINEAR, Behind("y")),
+    "add of a constant": ([node("Add", ["y", "gain"], ["a"]), relu("a")], LINEAR, Behind("y")),
+    "add of a relu of itself": ([relu("y", "r"), node("Add", ["y", "r"], ["z"])], LINEAR, Behind("y")),
+    "two adds": (
+        [ADD, node("Add", ["a", "t"], ["c"]), relu("c")],
+        LINEAR,
+        Behind("a", "s", label="add"),
+    ),
+    "norm": ([norm("y", "n"), relu("n")], RELU, Behind("n", None, (("n", False),), "batch-norm + relu")),
+    "norm alone": (
+        [norm("y", "n"), node("Neg", ["n"], ["z"])],
+        LINEAR,
+        Behind("n", None, (("n", False),), "batch-norm"),
+    ),
+    "norm, add, norm, norm, clip": (
+        [norm("y", "n"), node("Add", ["n", "s"], ["a"]), norm("a", "m", "2"), norm("m", "o", "3"), clip6("o")],
+        clip(0, 6),
+        Behind("o", "s", (("n", False), ("m", True), ("o", True)), "batch-norm + add + batch-norm + clip"),
+    ),
+    "add, norm, clip": (
+        [ADD, norm("a", "n"), clip6("n")],
+        clip(0, 6),
+        Behind("n", "s", (("n", True),), "add + batch-norm + clip"),
+    ),
+    "a norm of the sum and another reader": (
+        [ADD, norm("a", "n"), relu("n"), node("Neg", ["a"], ["r"])],
+        LINEAR,
+        Behind("a", "s", label="add"),
+    ),
+    "a norm without a gain": ([ADD, norm("a", "n", "dead"), relu("n")], LINEAR, Behind("a", "s", label="add")),
+    "a norm that is not finite": ([norm("y", "n", "bad"), relu("n")], LINEAR, Behind("y")),
+}
+
+
+@pytest.mark.parametrize("case", BETWEEN)
+def test_what_stands_between_a_layer_and_its_activation(case):
+    nodes, activation, behind = BETWEEN[case]
+    dead = norm_constants("dead")
+    dead["deadgain"][3] = 0
+    bad = norm_constants("bad")
+    bad["badvar"][5] = -1
+    constants = {"zero": np.float32(0), "six": np.float32(6)} | dead | bad
+    constants |= norm_constants() | norm_constants("2", seed=1) | norm_constants("3", seed=2)
+    read = {name for n in nodes for name in n.input}
+    constants = {name: value for name, value in constants.items() if name in read}
+    ends = tuple(name for name in ("z", "r") if any(name in n.output for n in nodes)) or ("n",)
+    layer = seen(gemm(*nodes, outputs=ends, constants=constants))
+    assert (layer.activation, layer.behind) == (activation, behind)
+    agrees_with_onnx_runtime(layer, lambda outputs: gemm(*nodes, outputs=outputs, constants=constants), ends)
+
+
+def agrees_with_onnx_runtime(layer, model, ends):
+    """Check ``u = scale * y + shortcut_scale * s + shift`` with y and s as ONNX Runtime computes them, and phi(u)."""
+    names = dict.fromkeys((layer.output, layer.behind.total, ends[0]))
+    shortcut = layer.behind.shortcut
+    values = dict(zip(names, run(model(tuple(names))), strict=True))
+    rank = values[layer.output].ndim - 2
+
+    def along(row, otherwise):
+        return otherwise if row is None else row.reshape(-1, *[1] * rank)
+
+    scale, shift, shortcut_scale = affine_behind(View(model(ends)), layer)
+    for row in (scale, shift, shortcut_scale):
+        assert row is None or (row.dtype, row.shape) == (np.float64, (layer.out,))
+    expected = along(scale, 1.0) * values[layer.output] + along(shift, 0.0)
+    if shortcut is not None:
+        inputs = {"t": normal(*values[layer.output].shape)}  # what run() feeds
+        added = inputs["t"] if shortcut == "t" else np.tanh(inputs["t"])
+        expected = expected + along(shortcut_scale, 1.0) * added
+    np.testing.assert_allclose(values[layer.behind.total], expected, rtol=1e-4, atol=1e-4)
+    if layer.activation != LINEAR:
+        response = layer.activation(expected)
+        if "max-pool" in layer.behind.label:  # of 2 x 2 positions, behind the activation instead of in front of it
+            response = np.lib.stride_tricks.sliding_window_view(response, (2, 2), axis=(2, 3)).max(axis=(4, 5))
+        np.testing.assert_allclose(values[ends[0]], response, rtol=1e-4, atol=1e-4)
+
+
+def test_without_anything_between_nothing_is_changed():
+    model = gemm(relu("y"))
+    assert affine_behind(View(model), seen(model)) == (None, None, None)
+    model = gemm(ADD, relu("a"))
+    assert affine_behind(View(model), seen(model)) == (None, None, None)
+
+
+def residual(*behind, outputs=("z",), constants=None):
+    """Return a model of a Conv, output ``y``, and what follows; ``s`` is a computed tensor of y's shape."""
+    nodes = [node("Conv", ["x", "k", "b"], ["y"], name="layer"), node("Tanh", ["t"], ["s"]), *behind]
+    given = {"k": normal(OUT, 5, 3, 3), "b": normal(OUT)} | (constants or {})
+    return build(nodes, {"x": (1, 5, 9, 9), "t": (1, OUT, 7, 7)}, given, outputs)
+
+
+CONVOLVED = {
+    "add, pool, relu": (
+        [ADD, pool("a", "p"), relu("p")],
+        RELU,
+        Behind("a", "s", label="add + max-pool + relu"),
+    ),
+    "norm, pool, relu": (
+        [norm("y", "n"), pool("n", "p"), relu("p")],
+        RELU,
+        Behind("n", None, (("n", False),), "batch-norm + max-pool + relu"),
+    ),
+    "add, norm, relu": (
+        [ADD, norm("a", "n"), relu("n")],
+        RELU,
+        Behind("n", "s", (("n", True),), "add + batch-norm + relu"),
+    ),
+    "a pool in front of the norm": (
+        [pool("y", "p"), norm("p", "n"), relu("n")],
+        LINEAR,
+        Behind("y"),
+    ),
+    "pool, leaky": (
+        [pool("y", "p"), node("LeakyRelu", ["p"], ["z"], alpha=0.25)],
+        leaky_relu(0.25),
+        Behind("y", label="max-pool + leaky-relu"),
+    ),
+    "pool and relu": ([pool("y", "p"), relu("p"), relu("y", "r")], RELU, Behind("y", label="max-pool + relu")),
+    "pool, relu, and another activation": (
+        [pool("y", "p"), relu("p"), node("LeakyRelu", ["y"], ["r"])],
+        LINEAR,
+        Behind("y"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLVED)
+def test_what_stands_between_a_convolution_and_its_activation(case):
+    nodes, activation, behind = CONVOLVED[case]
+    constants = norm_constants() if any(n.op_type == "BatchNormalization" for n in nodes) else {}
+    ends = tuple(name for name in ("z", "r") if any(name in n.output for n in nodes))
+    layer = seen(residual(*nodes, outputs=ends, constants=constants))
+    assert (layer.activation, layer.behind) == (activation, behind)
+    agrees_with_onnx_runtime(layer, lambda outputs: residual(*nodes, outputs=outputs, constants=constants), ends)
+
+
+@pytest.mark.parametrize("attrs", [{"training_mode": 1}, {"epsilon": 0.5}])
+def test_a_norm_that_trains_ends_the_way(attrs):
+    nodes = [norm("y", "n", **attrs), relu("n")]
+    layer = seen(gemm(*nodes, constants=norm_constants()))
+    trains = "training_mode" in attrs
+    assert layer.behind.norms == (() if trains else (("n", False),))
+    if not trains:
+        agrees_with_onnx_runtime(layer, lambda out: gemm(*nodes, outputs=out, constants=norm_constants()), ("z",))
+
+
+def test_a_product_has_a_shortcut_behind_its_bias_but_no_norm():
+    start = [matmul(output="m"), node("Add", ["m", "b"], ["y"]), node("Tanh", ["t"], ["s"])]
+    options = {"inputs": {"x": (3, IN), "t": (3, OUT)}, "outputs": ("z",)}
+    constants = {"w": W, "b": normal(OUT)}
+    layer = seen(build([*start, ADD, relu("a")], constants=constants, **options))
+    assert (layer.output, layer.behind) == ("y", Behind("a", "s", label="add + relu"))
+    layer = seen(build([*start, norm("y", "n"), relu("n")], constants=constants | norm_constants(), **options))
+    assert (layer.activation, layer.behind) == (LINEAR, Behind("y"))
+
+
+def test_a_sum_that_the_caller_or_a_subgraph_reads_too():
+    assert seen(gemm(ADD, relu("a"), outputs=("z", "y"))).behind == Behind("y")
+    inside = branch([node("ReduceSum", ["y"], ["q"], keepdims=0), node("Identity", ["q"], ["o"])], "o")
+    nodes = [ADD, relu("a", "r"), node("If", ["yes"], ["i"], then_branch=inside, else_branch=inside)]
+    model = gemm(*nodes, node("Add", ["r", "i"], ["z"]), constants={"yes": np.array(True)})
+    assert seen(model).behind == Behind("y")
+
+
+def test_a_gemm_with_more_than_a_bias_has_nothing_behind():
+    nodes = [node("Gemm", ["x", "w", "c"], ["y"], name="layer"), node("Tanh", ["t"], ["s"]), ADD, relu("a")]
+    model = build(nodes, {"x": (2, IN), "t": (2, OUT)}, {"w": W, "c": normal(2, OUT)}, ("z",))
+    assert (seen(model).activation, seen(model).behind) == (LINEAR, Behind("y"))
 
 
 # ---------------------------------------------------------------- cost, and what it takes to look

@@ -170,6 +170,12 @@ def test_data_beats_no_data(half):
     assert np.linalg.norm(reference - seen) < np.linalg.norm(reference - unseen)
 
 
+def test_the_report_says_what_follows_each_layer():
+    behind = {name: {layer.name: layer.activation for layer in squeeze(name).layers} for name in ("conv", "two inputs")}
+    assert behind["conv"] == {"conv2": "relu", "fc1": "relu"}
+    assert behind["two inputs"] == {"left": "add + relu", "right": "add + relu", "join": "relu"}
+
+
 def test_excluded_layers_stay_as_they_are():
     result = squeeze(exclude=("fc*",), budget=Budget(macs=0.8))
     reasons = {layer.name: layer.reason for layer in result.skipped}

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from onnx_lrs.solvers.prox import below, group_norms, group_soft, largest, singular_soft, soft, through_relu, to_ball
+from onnx_lrs.solvers.activation import LINEAR, RELU, Activation, clip, leaky_relu
+from onnx_lrs.solvers.prox import below, group_norms, group_soft, largest, singular_soft, soft, through, to_ball
 
 WIDE, TALL = (4, 12), (12, 6)
 TAPS = 3
@@ -175,32 +176,81 @@ def test_below_is_the_nearest_point_under_the_limit(limit):
 # --- what is not convex ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rho", [1e-3, 0.1, 1.0, 7.0, 1e3])
-def test_through_relu_against_a_fine_grid(rho):
-    rng = np.random.default_rng(6)
-    v = rng.uniform(-3, 3, 60)
-    a = np.where(rng.random(60) < 0.3, 0.0, rng.exponential(1.0, 60))
-    grid = np.unique(np.concatenate([np.linspace(-3, 8, 22001), [0.0]]))
-
-    def cost(z):
-        return (a - np.maximum(z, 0)) ** 2 + rho * (z - v) ** 2
-
-    found = through_relu(v, a, rho)
-    least = np.array(
-        [np.min((ai - np.maximum(grid, 0)) ** 2 + rho * (grid - vi) ** 2) for ai, vi in zip(a, v, strict=True)]
-    )
-    step = grid[1] - grid[0]
-    assert (cost(found) <= least + 1e-12).all()
-    assert (cost(found) >= least - (1 + rho) * step**2 * 4).all()  # the grid comes as near as its mesh lets it
+ACTIVATIONS = {
+    "linear": LINEAR,
+    "relu": RELU,
+    "relu6": clip(0, 6),
+    "hardtanh": clip(-1, 1),
+    "between": clip(0.5, 1.25),
+    "at most": clip(-np.inf, 0.75),
+    "at least": clip(-0.5, np.inf),
+    "constant": clip(0.5, 0.5),
+    "leaky": leaky_relu(0.1),
+    "leaky, steep": leaky_relu(2.5),
+    "not monotone": Activation("zigzag", (-1.0, 0.0, 1.5), (0.5, -1.0, 2.0, 0.0), (1.5, 0.0, 0.0, 3.0)),
+}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_through_relu_where_the_answer_is_known(dtype):
+@pytest.mark.parametrize("rho", [1e-3, 0.1, 1.0, 7.0, 1e3])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_through_against_a_fine_grid(name, rho, dtype):
+    activation = ACTIVATIONS[name]
+    rng = np.random.default_rng(6)
+    v = rng.uniform(-3, 8, 60).astype(dtype)
+    a = activation(rng.uniform(-4, 9, 60).astype(dtype))
+    a[::7] = rng.uniform(-4, 9, len(a[::7]))  # what phi cannot give
+    grid = np.unique(np.concatenate([np.linspace(-60, 60, 120001), activation.breaks]))
+
+    def cost(z):
+        return (a - activation(z)) ** 2 + rho * (z - v) ** 2
+
+    found = through(v, a, rho, activation)
+    assert found.dtype == dtype
+    v, a, exact = v.astype(float), a.astype(float), found.astype(float)
+    at_grid = activation(grid)
+    least = np.array([np.min((y - at_grid) ** 2 + rho * (grid - x) ** 2) for y, x in zip(a, v, strict=True)])
+    step = 1e-3
+    rounding = (1e-12 if dtype == np.float64 else 1e-6) * (100 + rho)
+    assert (cost(exact) <= least + rounding).all()
+    assert (cost(exact) >= least - (10 + rho) * step**2 - rounding).all()  # it comes as near as its mesh lets it
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_through_where_the_answer_is_known(dtype):
     v = np.array([2.0, -1.0, 0.0, -1.0, -10.0, 1.0], dtype)
     a = np.array([2.0, 0.0, 0.0, 3.0, 1.0, 0.0], dtype)
     #  both agree, off and stays off, nothing, worth crossing, not worth crossing, shrunk toward 0
     exact = np.array([2.0, -1.0, 0.0, 1.0, -10.0, 0.5], dtype)
-    np.testing.assert_allclose(through_relu(v, a, 1.0), exact, atol=1e-7)
+    np.testing.assert_allclose(through(v, a, 1.0, RELU), exact, atol=1e-7)
+    #  above and stays above, just up to the limit, far away, below as with a ReLU
+    v, a = np.array([9.0, 4.0, 30.0, 2.0], dtype), np.array([6.0, 9.0, 0.0, 4.0], dtype)
+    np.testing.assert_allclose(through(v, a, 1.0, clip(0, 6)), np.array([9.0, 6.0, 30.0, 3.0], dtype), atol=1e-6)
+    #  below 0: argmin (a - z / 2)^2 + (z - v)^2 = (a / 2 + v) / (5 / 4)
+    v, a = np.array([-2.0, -1.0, 3.0], dtype), np.array([-1.0, -1.5, 1.0], dtype)
+    np.testing.assert_allclose(through(v, a, 1.0, leaky_relu(0.5)), np.array([-2.0, -1.4, 2.0], dtype), atol=1e-6)
+    np.testing.assert_allclose(through(v, a, 3.0, LINEAR), (a + 3 * v) / 4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rho", [0.1, 1.0])
+def test_through_a_relu_is_the_two_cases_of_the_book(rho):
+    rng = np.random.default_rng(7)
+    v, a = rng.standard_normal((2, 50, 8)).astype("f4")
+    a = np.maximum(a, 0)
+    above, under = np.maximum((a + rho * v) / (1 + rho), 0), np.minimum(v, 0)
+    cheaper = (a - above) ** 2 + rho * (above - v) ** 2 <= a**2 + rho * (under - v) ** 2
+    np.testing.assert_allclose(through(v, a, rho, RELU), np.where(cheaper, above, under), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_through_leaves_what_fits_already_and_its_operands(name):
+    activation = ACTIVATIONS[name]
+    v = np.random.default_rng(8).uniform(-3, 8, (9, 7)).astype("f4")
+    a = activation(v)
+    kept = v.copy(), a.copy()
+    found = through(v, a, 0.5, activation)
+    np.testing.assert_allclose(found, v, atol=1e-5)
+    np.testing.assert_array_equal((v, a), kept)
 
 
 @settings(max_examples=200, deadline=None)
@@ -251,11 +301,11 @@ def test_projections_change_nothing_the_second_time(kind, x):
     np.testing.assert_allclose(CONVEX[kind](once), once, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", [*CONVEX, "through_relu"])
+@pytest.mark.parametrize("kind", [*CONVEX, "through"])
 def test_float32_stays_float32_and_nothing_is_changed_in_place(kind):
     narrow = MATERIAL["wide"][:, :6].astype(np.float32)
     before = narrow.copy()
-    prox = CONVEX.get(kind, lambda x: through_relu(x, np.abs(x), 0.5))
+    prox = CONVEX.get(kind, lambda x: through(x, np.abs(x), 0.5, RELU))
     found = prox(narrow)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(narrow, before)

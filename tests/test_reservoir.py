@@ -15,6 +15,7 @@ from onnx_lrs.calibration.capture import (
     MOST_KEPT,
     Capture,
     Setting,
+    Statistic,
     groups,
     is_wide,
     key_of,
@@ -29,10 +30,12 @@ from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench
 from onnx_lrs.progress import Silent
 from onnx_lrs.solvers import METHODS
+from onnx_lrs.solvers.activation import LINEAR, RELU
 from onnx_lrs.solvers.behind import activation_error
+from onnx_lrs.solvers.moments import moments_of
 from onnx_lrs.solvers.problem import Columns, Factors, Problem
 from tests import small_nets as nets
-from tests.builders import run
+from tests.builders import make, normal, run
 
 GIB = 1 << 30
 UNLIKELY = 1e-6  # seeds are fixed: a test that passes once passes always
@@ -374,7 +377,7 @@ def test_a_problem_gets_bias_activation_and_columns():
     for layer in net.layers:
         _, problem = bench_of(net)._problem(layer, statistics[layer.node])
         own = statistics[layer.node]
-        assert problem.activation == "relu"
+        assert problem.activation == RELU
         np.testing.assert_array_equal(problem.bias, bias_row(View(net.model), layer))
         assert problem.columns is own[FIT].columns
         assert problem.checks is own[SELECT].columns
@@ -382,7 +385,39 @@ def test_a_problem_gets_bias_activation_and_columns():
         assert set(own[SELECT].items) <= set(items[30:40])
     assert bench_of(net)._problem(net.layers[0], {})[1].columns is None
     query = bench_of(NETS["block"])._problem(NETS["block"].layers[0], {})[1]
-    assert (query.bias, query.activation) == (None, "linear")
+    assert (query.bias, query.activation) == (None, LINEAR)
+
+
+@pytest.mark.parametrize(("seen", "expected"), [("y", RELU), ("a", LINEAR)])
+def test_an_activation_that_sees_more_than_the_layer_is_not_put_on_the_layer_alone(seen, expected):
+    weights = {"w": normal(40, 32), "b": normal(32)}
+    gemm, add = helper.make_node("Gemm", ["x", "w", "b"], ["y"]), helper.make_node("Add", ["y", "t"], ["a"])
+    nodes = [gemm, *[add] * (seen == "a"), helper.make_node("Relu", [seen], ["z"])]
+    view = View(make(nodes, {"x": (3, 40), "t": (3, 32)}, ("z",), weights))
+    (layer,), _ = find(view)
+    assert layer.activation == RELU
+    bench = Bench(view, "hsvd", 1, GIB, 1, with_columns=True)
+    assert bench._problem(layer, {})[1].activation == expected
+
+
+@pytest.mark.parametrize("method", ["ddlr", "nettrim"])
+def test_a_guarantee_in_front_of_a_clip_is_the_linear_one(method):
+    weights = {"w": normal(40, 32), "b": normal(32)}
+    columns = [Columns(normal(80, 40, seed=seed)) for seed in (1, 2)]
+    roles = {role: Statistic(moments_of(c.inputs), c) for role, c in zip((FIT, JUDGE), columns, strict=True)}
+    found = []
+    for behind in (helper.make_node("Neg", ["y"], ["z"]), helper.make_node("Clip", ["y"], ["z"], min=0.0, max=6.0)):
+        gemm = helper.make_node("Gemm", ["x", "w", "b"], ["y"])
+        view = View(make([gemm, behind], {"x": (3, 40)}, ("z",), weights, opset=9, ir=8))
+        (layer,), _ = find(view)
+        bench = Bench(view, method, 1, GIB, 1, with_columns=True)
+        assert bench._problem(layer, roles)[1].activation == layer.activation
+        found.append(bench.within(layer, 0.5, roles))
+    linear, clipped = found
+    np.testing.assert_array_equal(clipped.factors.dense(), linear.factors.dense())
+    names = ("error", "activation_error", "allowed", "reached", "scale")
+    assert [getattr(clipped, name) for name in names] == [getattr(linear, name) for name in names]
+    assert clipped.reached <= clipped.allowed == pytest.approx(0.5 * clipped.scale)
 
 
 @pytest.mark.parametrize(("name", "behind"), [("fc1", "r3"), ("conv2", "r2")])

@@ -167,7 +167,7 @@ def cell(network: Network, task: Task, statistics_of: Mapping[str, Statistic]) -
         "out": layer.out,
         "d": layer.d,
         "taps": layer.taps,
-        "activation": layer.activation,
+        "activation": layer.activation.name,
         "dense_params": problem.params,
         "columns": {role: _rows_of(own) for role, own in statistics_of.items()},
         **network.settings,

@@ -11,6 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnx_lrs.graph.behind import is_inference_norm
 from onnx_lrs.graph.layers import read_elsewhere
 from onnx_lrs.graph.model import View, is_standard
 from onnx_lrs.graph.splice import Edit, Names, splice
@@ -50,14 +51,12 @@ def _foldable(view: View, conv: gs.Node) -> gs.Node | None:
     if conv.op != "Conv" or not is_standard(conv.domain):
         return None
     norm = view.sole_reader(conv.outputs[0].name)
-    if norm is None or norm.op != "BatchNormalization" or not is_standard(norm.domain):
+    if norm is None:
         return None
-    trains = norm.attrs.get("training_mode", 0) or any(t.name for t in norm.outputs[1:])
-    per_channel = norm.attrs.get("spatial", 1)
-    constants = [t.name for t in (*conv.inputs[1:], *norm.inputs[1:]) if t.name]
+    constants = [t.name for t in conv.inputs[1:] if t.name]
     if read_elsewhere(view, conv.inputs[1].name):  # a shared weight would be stored once for each of its readers
         return None
-    if trains or not per_channel or not all(view.is_constant(name) for name in constants):
+    if not is_inference_norm(view, norm) or not all(view.is_constant(name) for name in constants):
         return None
     if any(view.constant(name).dtype != np.float32 for name in constants):
         return None

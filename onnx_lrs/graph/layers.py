@@ -17,8 +17,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnx_lrs.errors import ModelError
+from onnx_lrs.graph.behind import NOTHING, affine_of, look_behind
+from onnx_lrs.graph.behind import Behind as Behind
 from onnx_lrs.graph.model import View, is_standard
-from onnx_lrs.solvers.problem import Activation
+from onnx_lrs.solvers.activation import LINEAR, Activation
 
 SMALLEST = 1024  # weights; below that the extra node costs more than any factorisation saves
 WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
@@ -57,7 +59,7 @@ class Layer:
     ``node`` is the name of the node's first output, which identifies it in the graph. ``output`` is where the layer's
     result with its bias appears (behind a following Add for a MatMul). ``bias`` is None if there is none, or if it is
     not a constant row; ``affine`` says whether the rewriting can add a bias without a new node. ``activation`` is what
-    every reader of ``output`` applies to it first: "relu", or "linear" for all else (see :func:`_activation`).
+    follows, LINEAR where nothing piecewise linear is seen; ``behind`` tells what stands between ``output`` and it.
     """
 
     name: str
@@ -73,7 +75,8 @@ class Layer:
     bias_add: str | None
     affine: bool
     geometry: Geometry
-    activation: Activation = "linear"
+    activation: Activation = LINEAR
+    behind: Behind = NOTHING
 
     @property
     def d(self) -> int:
@@ -198,7 +201,7 @@ def _examine(view: View, node: gs.Node, name: str, exclude: Sequence[str], small
         return layer
     if layer.params < smallest:
         return f"tiny: {layer.params} weights, below {smallest} nothing is gained"
-    return dataclasses.replace(layer, activation=_activation(view, layer))
+    return _with_behind(view, layer)
 
 
 def _weight_side(view: View, node: gs.Node) -> int | str:
@@ -338,26 +341,16 @@ def _following_add(view: View, node: gs.Node, out: int) -> tuple[str, str] | Non
     return others[0], reader.outputs[0].name
 
 
-def _activation(view: View, layer: Layer) -> Activation:
-    """Return "relu" if nobody sees the layer's output but through a ReLU, else "linear".
+def _with_behind(view: View, layer: Layer) -> Layer:
+    """Return the layer with what stands behind it.
 
-    A MaxPool between the two changes nothing, since the maximum and ReLU commute; its second output, the places of the
-    maxima, does not survive the exchange. A Gemm with a C that is no constant row counts as linear: what its ReLU cuts
-    off is not ``W x + b``.
+    A Gemm with a C that is no constant row counts as linear: what its activation sees is not ``W x + b``. The channels
+    of a product with a matrix lie along the last axis, which need not be that of a BatchNormalization.
     """
     if layer.op == "Gemm" and layer.bias is None and not layer.affine:
-        return "linear"
-    waiting = [layer.output]
-    while waiting:
-        tensor = waiting.pop()
-        readers = view.readers(tensor)
-        if not readers or tensor in view.outputs or tensor in view.captured:
-            return "linear"
-        others = [node for node in readers if node.op != "Relu" or not is_standard(node.domain)]
-        if not all(node.op == "MaxPool" and is_standard(node.domain) and len(node.outputs) == 1 for node in others):
-            return "linear"
-        waiting += [node.outputs[0].name for node in others]
-    return "relu"
+        return dataclasses.replace(layer, behind=Behind(layer.output))
+    activation, behind = look_behind(view, layer.output, None if layer.op == "MatMul" else layer.out)
+    return dataclasses.replace(layer, activation=activation, behind=behind)
 
 
 def _bias(view: View, node: gs.Node, out: int) -> tuple[str | None, bool]:
@@ -390,3 +383,14 @@ def bias_row(view: View, layer: Layer) -> NDArray[np.float64] | None:
     return view.constant(layer.bias).astype(np.float64).reshape(layer.out) * (
         layer.geometry.beta if layer.op == "Gemm" else 1.0
     )
+
+
+def affine_behind(
+    view: View, layer: Layer
+) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Return scale, shift and shortcut_scale, (out,) float64, of what the activation sees.
+
+    ``u = scale * y + shortcut_scale * s + shift`` with y the layer's output and s its shortcut. None stands for 1, 0
+    and 1.
+    """
+    return affine_of(view, layer.behind)

@@ -13,7 +13,8 @@ from onnx_lrs.graph.forms import is_in_parts, stored_entries
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
-from onnx_lrs.solvers.behind import activation_error, response_norm
+from onnx_lrs.solvers.activation import LINEAR
+from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
@@ -111,15 +112,17 @@ class Bench:
             none = np.zeros(0, np.int64), np.zeros((problem.out, 0))
             factors = Factors(*nothing, *none, factors.bias_shift, layer.taps)
         error = behind = None
+        guaranteed = solution.allowed is not None  # in front of an activation that the guarantee does not know
+        seen = plain(problem) if guaranteed else problem
         judge = statistics.get(JUDGE)
         if judge is not None and (self._in_outputs(layer) or not is_wide(layer, self.memory_bytes)):
             error = judged(problem.weight, factors, judge.moments, layer.affine)
         if judge is not None and judge.columns is not None:
-            behind = activation_error(problem, factors, judge.columns)
+            behind = activation_error(seen, factors, without_offset(judge.columns) if guaranteed else judge.columns)
         widened = self._widened(layer, factors) if self._in_outputs(layer) else factors
         scale = None
-        if solution.allowed is not None and problem.columns is not None:
-            scale = response_norm(problem, problem.columns)
+        if guaranteed and seen.columns is not None:
+            scale = response_norm(seen, seen.columns)
         return Fitted(widened, error, behind, solution.status, solution.allowed, solution.error, scale)
 
     def _in_outputs(self, layer: Layer) -> bool:
@@ -151,7 +154,7 @@ class Bench:
             layer.affine,
             kernel,
             bias=bias_row(self.view, layer),
-            activation=layer.activation,
+            activation=layer.activation if layer.behind.total in ("", layer.output) else LINEAR,
             columns=columns,
             checks=checks,
         )

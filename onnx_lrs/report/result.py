@@ -50,7 +50,8 @@ class LayerResult:
     dropped the others. ``activation_error`` is ||phi(y) - phi(y')|| / ||phi(y)|| behind the activation phi on held-out
     columns, where the method sampled columns; ``allowed_error`` and ``reached_error`` are those of a guarantee, counted
     in the same way on the columns of the fit. ``status`` says how the solve ended: ``solved``, ``dense`` for a layer
-    left as it is, or another name in :class:`onnx_lrs.solvers.Status` in lower case.
+    left as it is, or another name in :class:`onnx_lrs.solvers.Status` in lower case. ``activation`` is what follows the
+    layer, with what stands between: "add + relu", or "sigmoid, fitted as linear" where it is not piecewise linear.
     """
 
     name: str
@@ -72,6 +73,7 @@ class LayerResult:
     allowed_error: float | None = None
     reached_error: float | None = None
     status: str = "solved"
+    activation: str = "linear"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ scaled duals ``dual`` (of M = L + S) and ``lift`` (of Z = M X + c), and penaltie
 and ``H + t I`` is factorised once:
 
     S: group soft-threshold of M - L - dual at l1 sqrt|g| / t     L: singular-value threshold of M - S - dual at l2 / t
-    M = (C + t (L + S + dual)) (H + t I)^{-1}, C = cov(Z + lift, x)     Z: the two cases of prox.through_relu
+    M = (C + t (L + S + dual)) (H + t I)^{-1}, C = cov(Z + lift, x)     Z: the two cases of prox.through
     dual += L + S - M     lift += Z - M X - c
 
 Without an activation Z is Y itself, C = T H, and nothing but H is needed: that problem is convex. Behind a ReLU it is
@@ -28,7 +28,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_lrs.solvers.behind import BLOCK, activation_error, bias_of, first, pre_activation
+from onnx_lrs.solvers.activation import RELU
+from onnx_lrs.solvers.behind import BLOCK, activation_error, bias_of, first, is_plain, pre_activation
 from onnx_lrs.solvers.channels import inverse_spd
 from onnx_lrs.solvers.closed_form import NO_CHANNELS, Family, best_within, candidates, kept_counts
 from onnx_lrs.solvers.loop import Run, Step, iterate
@@ -45,7 +46,7 @@ from onnx_lrs.solvers.problem import (
     Settings,
     Solution,
 )
-from onnx_lrs.solvers.prox import Floats, group_norms, group_soft, largest, singular_soft, through_relu
+from onnx_lrs.solvers.prox import Floats, group_norms, group_soft, largest, singular_soft, through
 from onnx_lrs.solvers.spectral import (
     Curve,
     assemble,
@@ -293,14 +294,14 @@ def behind_relu(problem: Problem, sample: Sample, start: Factors, steps: int, to
     """
     program, width = sample.program, len(sample.inputs)
     low, whole = (m.astype(program.target.dtype) for m in (start.left @ start.right, start.dense()))
-    split = through_relu(_responses(problem, sample, start), sample.outputs, LIFT)
+    split = through(_responses(problem, sample, start), sample.outputs, LIFT, RELU)
     begin = Lifted(State(whole, low, whole - low, np.zeros_like(whole), low[0, :0]), split, np.zeros_like(split))
     middle, _ = _middle(problem, sample, begin)
     l1, l2 = _just_keeping(program, middle, begin.state, (start.rank, len(start.kept)))
 
     def advance(now: Lifted, number: int) -> tuple[Lifted, Step]:
         middle, values = _middle(problem, sample, now)
-        split = through_relu(values - now.lift, sample.outputs, LIFT)
+        split = through(values - now.lift, sample.outputs, LIFT, RELU)
         sparse, low, singular = program.parts(dataclasses.replace(now.state, middle=middle), l1, l2)
         gap, lag = low + sparse - middle, split - values
         loss = 0.5 * float(np.square(np.maximum(values, 0) - sample.outputs).sum(dtype=np.float64)) / width
@@ -360,7 +361,7 @@ def refitted(problem: Problem, sample: Sample, start: Factors, metric: Array) ->
     for rho in ROUNDS if problem.d < WIDE else ROUNDS[::2]:
         last = found[-1]
         dense = last.dense()
-        split = through_relu(_responses(problem, sample, last), sample.outputs, rho)
+        split = through(_responses(problem, sample, last), sample.outputs, rho, RELU)
         centre = split.mean(axis=0, dtype=np.float64)
         moved = _image(problem, sample, split) - dense.astype(program.metric.dtype) @ program.metric
         target = dense + np.asarray((moved / program.penalty).astype(program.pull.dtype) @ program.pull, np.float64)
@@ -378,10 +379,15 @@ def _of_target(problem: Problem, metric: Array, target: Array, like: Factors, ce
     return dataclasses.replace(factors, bias_shift=centre - bias_of(problem) - factors.dense() @ mean)
 
 
+def _sees_relu(problem: Problem) -> bool:
+    """Return whether there are columns and a ReLU right behind the layer; anything else is fitted as linear."""
+    return problem.columns is not None and problem.activation == RELU and is_plain(problem)
+
+
 def _direct(problem: Problem, budget: Budget, settings: Settings) -> Solution | None:
     """Choose and fit on the same columns, whose system is factorised once."""
     sample = None
-    if problem.activation == "relu" and problem.columns is not None:
+    if _sees_relu(problem):
         sample = _sample(_in_units(problem, _unit(problem)))
     chosen = _choose(problem, budget, settings, None if sample is None else sample.program)
     return None if chosen is None else _fit(problem, chosen, settings, sample)
@@ -392,7 +398,7 @@ def _fit(problem: Problem, chosen: Candidate, settings: Settings, sample: Sample
     metric = damped(problem, chosen.damping)
     assert metric is not None
     linear = _linear(problem, metric, chosen.support, chosen.rank)
-    if problem.activation != "relu" or problem.columns is None:
+    if not _sees_relu(problem):
         return finished(problem, linear)
     unit = _unit(problem)
     scaled = _in_units(problem, unit)

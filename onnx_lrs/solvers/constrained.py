@@ -27,7 +27,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from onnx_lrs.solvers.behind import activation_error, bias_of
+from onnx_lrs.solvers.activation import RELU
+from onnx_lrs.solvers.behind import activation_error, bias_of, plain
 from onnx_lrs.solvers.loop import Run, Step, iterate
 from onnx_lrs.solvers.moments import Moments, moments_of
 from onnx_lrs.solvers.problem import Array, Factors, Problem, Solution, Status, objective
@@ -183,7 +184,7 @@ class Block:
 def blocks(problem: Problem) -> Iterator[Block]:
     """Yield the rows of a problem in float64 blocks; y is W x + b where the problem does not give it."""
     assert problem.columns is not None
-    given, relu = problem.columns.outputs, problem.activation == "relu"
+    given, relu = problem.columns.outputs, problem.activation == RELU
     rows = max(CHUNK // max(problem.out, problem.d), 1)
     for first in range(0, len(problem.columns.inputs), rows):
         x = problem.columns.inputs[first : first + rows].astype(np.float64)
@@ -254,7 +255,7 @@ def measure(problem: Problem, approximation: Array, shift: Array | None) -> Reac
         v = responses(block.x, approximation, bias)
         above = max(above, float(np.max(v - block.limit, where=block.off, initial=-np.inf)))
         on += float(np.sum(np.square(np.where(block.off, 0.0, v - block.a))))
-        after = np.maximum(v, 0.0) if problem.activation == "relu" else v
+        after = np.maximum(v, 0.0) if problem.activation == RELU else v
         whole += float(np.sum(np.square(after - block.a)))
     return Reached(moved, math.sqrt(on), above, math.sqrt(whole))
 
@@ -296,7 +297,7 @@ def region(problem: Problem, eps: float) -> Region:
     inputs = (inputs / scale_in).astype(kind)
     target = np.concatenate([np.where(b.off, b.limit, b.a) - bias for b in blocks(problem)])
     on: Real | None = None
-    if problem.activation == "relu":
+    if problem.activation == RELU:
         on = np.concatenate([~b.off for b in blocks(problem)]).astype(kind)
     scale_out = _scale(target, float(np.linalg.norm(problem.weight)) * scale_in)
     return Region(
@@ -328,6 +329,11 @@ def _scale(x: Array, otherwise: float = 1.0) -> float:
         size *= float(np.sqrt(np.mean(np.square(x / size))))
     size = size or float(otherwise) or 1.0
     return float(2.0 ** np.round(np.log2(size)))
+
+
+def stated(problem: Problem) -> Problem:
+    """Return the problem as the set states it: with moments, and linear unless a ReLU stands right behind the layer."""
+    return dataclasses.replace(plain(problem), moments=column_moments(problem))
 
 
 def column_moments(problem: Problem) -> Moments:

@@ -138,7 +138,7 @@ def within_error(problem: Problem, gain: float, settings: Settings) -> Solution:
     over the entries outside Om. DENSE if only ranks that save nothing keep to it, ERROR_TOO_SMALL if no weight was
     found to, NOT_CONVERGED if the step limit ended the convex program.
     """
-    problem = dataclasses.replace(problem, moments=on.column_moments(problem))
+    problem = on.stated(problem)
     scale = on.size_of_responses(problem)
     eps = gain * scale
     allowed = math.hypot(eps, on.left_open(problem))
@@ -240,7 +240,7 @@ def fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
     ``history`` is the squared distance from that set with the damping's pull toward W, per column and in the scaled
     units; it never rises. The iterate that is best on ``problem.checks``, if there are any, is kept.
     """
-    problem = dataclasses.replace(problem, moments=on.column_moments(problem))
+    problem = on.stated(problem)
     here = on.region(problem, 0.0)
     (point, history), *_ = fits(
         problem, here, [chosen.rank], chosen.damping, DESCENTS if settings.steps is None else settings.steps
@@ -276,7 +276,7 @@ def candidates(problem: Problem, multiple: int, settings: Settings) -> list[Cand
     The loss is the relative squared error behind the activation on the checks (or columns), not J: J would count what
     the ReLU cuts. It compares the layers of a network, not this method with others.
     """
-    problem = dataclasses.replace(problem, moments=on.column_moments(problem))
+    problem = on.stated(problem)
     most = min(int(LARGEST * problem.params) // problem.rank_cost, *problem.weight.shape) // multiple
     if most < 1:
         return []

@@ -144,7 +144,7 @@ def within_error(problem: Problem, gain: float, settings: Settings) -> Solution:
     ``allowed``, DENSE, ERROR_TOO_SMALL and NOT_CONVERGED as in :func:`ddlr.within_error`. Net-Trim's own eps in the
     cascade form is that of :func:`constrained.cascade_gain`.
     """
-    problem = dataclasses.replace(problem, moments=on.column_moments(problem))
+    problem = on.stated(problem)
     scale = on.size_of_responses(problem)
     eps = gain * scale
     allowed = math.hypot(eps, on.left_open(problem))
@@ -257,7 +257,7 @@ def fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
     ``history`` is the squared distance from the set with eps = 0, with the damping's pull toward W, per response and
     in scaled units; it never rises. The iterate that is best on ``problem.checks``, if there are any, is kept.
     """
-    problem = dataclasses.replace(problem, moments=on.column_moments(problem))
+    problem = on.stated(problem)
     here = on.region(problem, 0.0)
     (weight,) = path(here, [chosen.elements])
     run = refit(problem, here, weight, chosen, DESCENTS if settings.steps is None else settings.steps)
@@ -302,7 +302,7 @@ def candidates(problem: Problem, multiple: int, settings: Settings) -> list[Cand
 
     The loss is that of ddlr's candidates.
     """
-    problem = dataclasses.replace(problem, moments=on.column_moments(problem))
+    problem = on.stated(problem)
     counts = sorted({int(share * problem.params) for share in DENSITIES} - {0})
     here, damping = on.region(problem, 0.0), choose_damping(problem)
     found = []

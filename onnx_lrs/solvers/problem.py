@@ -20,11 +20,11 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
+from onnx_lrs.solvers.activation import LINEAR, Activation, named
 from onnx_lrs.solvers.moments import Moments
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
-Activation = Literal["linear", "relu"]
 Structure = Literal["channels", "elements"]
 LARGEST = 0.95  # of the dense layer: a candidate that saves less is not worth a second branch
 
@@ -50,10 +50,13 @@ class Columns:
 
     ``inputs`` (n, d) float32, in an order that is random with respect to the data. ``outputs`` (n, out) float32 is what
     the layer should give before its activation; None stands for ``W x + b`` (inputs of the original network).
+    ``offset`` (n, out) float32 is what the graph adds to the layer's output before the activation (a shortcut or a
+    shift); None stands for nothing.
     """
 
     inputs: NDArray[np.float32]
     outputs: NDArray[np.float32] | None = None
+    offset: NDArray[np.float32] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +81,13 @@ class Problem:
         Columns of the layer when ``weight`` stands for it in a smaller space; costs are counted with it.
     bias : ndarray, shape (out,), or None
         The layer's bias b; matters only where an activation follows.
-    activation : {"linear", "relu"}
-        What follows the layer.
+    activation : Activation
+        What follows the layer, phi; the names "linear" and "relu" do as well. Its argument is
+        ``u = scale * (W x + b) + offset`` with the offset of the columns.
     columns, checks : Columns or None
         Sampled columns to fit on, and others that choose between iterates.
+    scale : ndarray, shape (out,), or None
+        What the graph multiplies the layer's output by before the activation; None stands for 1.
     """
 
     weight: Array
@@ -92,31 +98,45 @@ class Problem:
     kernel: tuple[int, int] | None = None
     width: int | None = None
     bias: Array | None = None
-    activation: Activation = "linear"
+    activation: Activation = LINEAR
     columns: Columns | None = None
     checks: Columns | None = None
+    scale: Array | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", np.asarray(self.weight, np.float64))
-        d = self.weight.shape[1]
+        object.__setattr__(self, "activation", named(self.activation))
+        if self.scale is not None:
+            object.__setattr__(self, "scale", np.asarray(self.scale, np.float64))
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        out, d = self.weight.shape
         if d % self.taps:
             raise ValueError(f"{d} columns are no multiple of {self.taps} taps")
         for m in (self.moments, self.validation):
             if m is not None and m.mean.shape != (d,):
                 raise ValueError(f"moments of {m.mean.shape[0]} columns for a weight of {d}")
         for sample in (self.columns, self.checks):
-            if sample is not None and sample.inputs.shape[1] != d:
-                raise ValueError(f"columns of {sample.inputs.shape[1]} features for a weight of {d}")
+            if sample is None:
+                continue
+            n, width = sample.inputs.shape
+            if width != d:
+                raise ValueError(f"columns of {width} features for a weight of {d}")
+            if sample.offset is not None and sample.offset.shape != (n, out):
+                raise ValueError(f"offset of shape {sample.offset.shape} for {n} columns and {out} outputs")
+        if self.scale is not None and self.scale.shape != (out,):
+            raise ValueError(f"scale of shape {self.scale.shape} for {out} outputs")
 
     @property
     def finite(self) -> bool:
-        """Whether weight, bias, statistics and columns hold finite values only."""
-        arrays: list[NDArray[Any]] = [self.weight, *([] if self.bias is None else [self.bias])]
+        """Whether weight, bias, scale, statistics and columns hold finite values only."""
+        arrays: list[NDArray[Any]] = [self.weight, *(a for a in (self.bias, self.scale) if a is not None)]
         for m in (self.moments, self.validation):
             arrays += [] if m is None else [m.mean, np.diagonal(m.cov)]  # |h_ij| <= sqrt(h_ii h_jj)
         for sample in (self.columns, self.checks):
-            arrays += [] if sample is None else [sample.inputs]
-            arrays += [] if sample is None or sample.outputs is None else [sample.outputs]
+            given = () if sample is None else (sample.inputs, sample.outputs, sample.offset)
+            arrays += [a for a in given if a is not None]
         return all(bool(np.isfinite(a).all()) for a in arrays)
 
     @property

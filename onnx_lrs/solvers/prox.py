@@ -1,7 +1,7 @@
 r"""Proximal maps and projections, each a pure function of arrays.
 
 ``prox_f(x) = argmin_z f(z) + 1/2 ||z - x||^2``; a projection is the map of an indicator function. All of them are
-non-expansive but :func:`largest` and :func:`through_relu`, whose sets or losses are not convex.
+non-expansive but :func:`largest` and :func:`through`, whose sets or losses are not convex.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lrs.solvers.activation import Activation, Piece, on_piece
 from onnx_lrs.solvers.problem import Array
 
 Floats = NDArray[np.floating[Any]]  # what comes in as float32 goes out as float32
@@ -80,14 +81,48 @@ def largest(scores: Array, count: int) -> Mask:
     return chosen.reshape(scores.shape)
 
 
-def through_relu(v: Floats, a: Floats, rho: float) -> Floats:
-    """Return ``argmin_z (a - max(z, 0))^2 + rho (z - v)^2`` for a >= 0, entry by entry (METHODS 5, our derivation).
+def through(v: Floats, a: Floats, rho: float, activation: Activation) -> Floats:
+    """Return ``argmin_z (a - phi(z))^2 + rho (z - v)^2``, entry by entry (METHODS 5, our derivation).
 
-    Either z >= 0, a ridge average of a and v, or z <= 0, where only v pulls; the cheaper of the two.
+    On a piece of phi the cost is a parabola, whose least point, a ridge average of a and v, moves to the nearer end
+    where it lies outside; the cheapest piece wins, of equally cheap ones the rightmost. ``rho`` > 0, any shape.
     """
-    weight = v.dtype.type(rho)
-    above = np.maximum((a + weight * v) / (1 + weight), 0)
-    under = np.minimum(v, 0)
-    cost_above = np.square(a - above) + weight * np.square(above - v)
-    cost_under = np.square(a) + weight * np.square(under - v)
-    return np.where(cost_above <= cost_under, above, under)
+    last, *others = reversed(list(activation.pieces()))
+    best = _on_piece(v, a, rho, last)
+    cost = _cost(v, a, rho, last, best) if others else best
+    for number, piece in enumerate(others, 1):
+        found = _on_piece(v, a, rho, piece)
+        own = _cost(v, a, rho, piece, found)
+        best = np.where(cost <= own, best, found)
+        cost = np.minimum(cost, own) if number < len(others) else cost
+    return best
+
+
+def _on_piece(v: Floats, a: Floats, rho: float, piece: Piece) -> Floats:
+    """Return the cheapest z on one piece."""
+    if piece.slope == 0.0:
+        return _between(v, piece)
+    kind, slope = v.dtype.type, piece.slope
+    pulled = a - kind(piece.intercept) if piece.intercept else a
+    pulled = pulled if slope == 1.0 else pulled * kind(slope)
+    average = kind(rho) * v
+    average += pulled
+    average /= kind(slope * slope) + kind(rho)
+    return _between(average, piece)
+
+
+def _between(z: Floats, piece: Piece) -> Floats:
+    low, high = piece.low, piece.high
+    if high == np.inf:
+        return z if low == -np.inf else np.maximum(z, low)
+    return np.minimum(z, high) if low == -np.inf else np.clip(z, low, high)
+
+
+def _cost(v: Floats, a: Floats, rho: float, piece: Piece, z: Floats) -> Floats:
+    missed = a - (v.dtype.type(piece.intercept) if piece.slope == 0.0 else on_piece(z, piece))
+    np.square(missed, out=missed)
+    moved = z - v
+    np.square(moved, out=moved)
+    moved *= v.dtype.type(rho)
+    missed += moved
+    return missed

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from onnx_lrs.solvers.activation import RELU
 from onnx_lrs.solvers.problem import Array, Problem
 
 Norm = Literal["nuclear", "entries"]
@@ -36,7 +37,7 @@ def constrained(problem: Problem, eps: float, norm: Norm) -> tuple[float, Array,
     v = x @ problem.weight.T + bias
     given = problem.columns.outputs
     y = v if given is None else given.astype(np.float64)
-    relu = problem.activation == "relu"
+    relu = problem.activation == RELU
     on = (y > 0 if relu else np.ones(y.shape, bool)).astype(np.float64)
     limit = np.zeros_like(v) if given is None else v
     weight = cp.Variable(problem.weight.shape)
