@@ -192,6 +192,12 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="lrs (default), admm, greedy, ddlr, nettrim; baselines: hsvd, channels, svd, magnitude",
     )
+    fit.add_argument(
+        "--fit",
+        metavar="NAME",
+        help="cascade (default): each layer sees the compressed ones in front and its activation; "
+        "cascade-linear: without the activation; independent: each layer alone",
+    )
     fit.add_argument("--structure", metavar="NAME", help="greedy: keep whole channels (default) or single elements")
     fit.add_argument("--steps", type=int, metavar="N", help="most iterations of one solve (the method's own limit)")
     fit.add_argument(

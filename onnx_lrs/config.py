@@ -10,6 +10,8 @@ from typing import Any, Literal
 from onnx_lrs.errors import ConfigError
 
 DEFAULT_PARAMS = 0.5
+Fit = Literal["cascade", "cascade-linear", "independent"]
+FITS: tuple[Fit, ...] = ("cascade", "cascade-linear", "independent")
 GIB = 1 << 30
 MEANING = {
     "params": "the fraction of the original that may remain",
@@ -153,6 +155,9 @@ class Config:
         What may remain of the original.
     method : str
         A name in :data:`onnx_lrs.solvers.METHODS`.
+    fit : {"cascade", "cascade-linear", "independent"}
+        What a layer is fitted to: what the compressed layers in front of it give, with the activation behind it seen or
+        not, or what the original network gives. Without data, and with a gain, layers are always independent.
     structure : {"channels", "elements"}
         What the sparse part keeps; single elements (method ``greedy``) make a smaller file at the same speed.
     steps : int, optional
@@ -183,6 +188,7 @@ class Config:
 
     budget: Budget = dataclasses.field(default_factory=lambda: Budget(params=DEFAULT_PARAMS))
     method: str = "lrs"
+    fit: Fit = "cascade"
     structure: Literal["channels", "elements"] = "channels"
     steps: int | None = None
     multiple: int = 8
@@ -204,6 +210,7 @@ class Config:
             f"exclude is the text {self.exclude!r}.",
             f"Give a tuple of patterns: exclude=({self.exclude!r},).",
         )
+        _require(self.fit in FITS, f"--fit is {self.fit!r}; use {', '.join(FITS)}.")
         _require(
             self.structure in ("channels", "elements"), f"--structure is {self.structure!r}; use channels or elements."
         )

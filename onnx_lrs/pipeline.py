@@ -15,6 +15,8 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, has_few_columns, is_wide, steps
+from onnx_lrs.calibration.shelf import Shelf
+from onnx_lrs.calibration.store import Store
 from onnx_lrs.calibration.subject import Inputs, Material, Subject, examine, measure_shapes, open_material
 from onnx_lrs.config import Budget, Config
 from onnx_lrs.data import Samples
@@ -26,10 +28,11 @@ from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import ModelSource, View, takes_sparse
 from onnx_lrs.graph.rewrite import Rewritten, rewrite, take_rows
 from onnx_lrs.planning.candidates import FIT, JUDGE, LOW_RANK, SELECT, Bench, Fitted
+from onnx_lrs.planning.cascade import Cascade
 from onnx_lrs.planning.guarantee import Promise, promise
 from onnx_lrs.planning.plan import Plan, error_curves, macs_of, make_plan, weighted
 from onnx_lrs.planning.sensitivity import sensitivities
-from onnx_lrs.progress import Progress
+from onnx_lrs.progress import Progress, Timer
 from onnx_lrs.report.environment import environment, peak_memory_bytes
 from onnx_lrs.report.result import Certificate, Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
 from onnx_lrs.runtime.latency import interleaved
@@ -42,6 +45,7 @@ from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 ELEMENT_METHODS = tuple(name for name, method in METHODS.items() if "elements" in method.structures)
 ROUNDING = 1e-3  # of a bound: the file's float32 weights
 HELD = 1.25  # times the allowed error on held-out samples is beyond chance
+SHELF_SHARE = 4  # of the memory holds statistics between plan and fit; the rest goes to disk
 POOR = 0.3  # relative error of an output beyond which the console warns
 NAMED = 5  # layers that a note calls by name
 
@@ -63,6 +67,7 @@ class Clock:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._start = time.perf_counter()
+        self.timer = Timer()
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -117,6 +122,7 @@ def compress(job: Job) -> Result:
         settings=_effective(job.config, material).to_dict(),
         environment=environment(provider, job.config.threads, job.config.seed),
         seconds=clock.total(),
+        profile=clock.timer.rounded(),
         peak_memory_bytes=peak_memory_bytes(),
         certificate=certificate,
         notes=(
@@ -299,13 +305,17 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
         config.memory_bytes, config.columns, subject.batch, config.threads, config.seed, subject.dynamic_batch
     )
     with contextlib.ExitStack() as stack:
-        capture = None
+        capture = shelf = None
         if material.samples is not None and subject.layers:
-            capture = Capture(subject.folded, subject.layers, material.samples, setting)
+            capture = Capture(subject.folded, subject.layers, material.samples, setting, clock.timer)
             stack.callback(capture.close)
         plan = None
+        if _in_cascade(job, material):
+            shelf = Shelf(stack.enter_context(Store(config.memory_bytes // SHELF_SHARE)))
         if config.budget.kind != "gain":
-            plan = _plan(job, subject, material, (bench, capture, setting), clock)
+            plan = _plan(job, subject, material, (bench, capture, setting, shelf), clock)
+        if shelf is not None and plan is not None:
+            return Work(_fit_in_cascade(job, subject, material, (bench, shelf, setting), plan, clock))
         chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
         roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
@@ -322,16 +332,42 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
     return Work(fitted, promise(subject, fitted, items), left)
 
 
-Workshop = tuple[Bench, Capture | None, Setting]
+Workshop = tuple[Bench, Capture | None, Setting, Shelf | None]
+
+
+def _in_cascade(job: Job, material: Material) -> bool:
+    """Return whether layers are fitted to what the compressed ones in front of them give."""
+    config = job.config
+    possible = material.samples is not None and METHODS[config.method].sees_data and config.budget.kind != "gain"
+    return possible and config.fit != "independent"
+
+
+def _fit_in_cascade(
+    job: Job, subject: Subject, material: Material, tools: tuple[Bench, Shelf, Setting], plan: Plan, clock: Clock
+) -> dict[str, Fitted]:
+    """Fit the plan's candidates alone, from what the plan was made of, then in graph order behind each other."""
+    bench, shelf, setting = tools
+    assert material.samples is not None
+    assert material.split is not None
+    chosen = [layer for layer in subject.layers if layer.node in plan.chosen]
+    with clock.stage("fit", 2 * len(chosen)):
+        starts = {}
+        for layer in chosen:
+            with clock.timer.of("solve"):
+                starts[layer.node] = bench.start(layer, plan.chosen[layer.node], shelf.take(layer.node))
+            job.progress.step(layer.name)
+        behind = job.config.fit == "cascade"
+        cascade = Cascade(subject, bench, (material.samples, material.split), setting, behind)
+        return cascade.run(chosen, starts, clock.timer, job.progress)
 
 
 def _plan(job: Job, subject: Subject, material: Material, workshop: Workshop, clock: Clock) -> Plan:
     """Choose a candidate for each layer: error curves, weighed by how much each layer's error moves the outputs."""
     config, split = job.config, material.split
-    bench, capture, setting = workshop
+    bench, capture, setting, shelf = workshop
     roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
     with clock.stage("plan", _step_count(subject.layers, roles, material, setting, bench.with_columns)):
-        curves, probes = error_curves(subject, bench, capture, roles, job.progress)
+        curves, probes = error_curves(subject, bench, capture, roles, job.progress, shelf)
     if probes and material.samples is not None and split is not None:
         with clock.stage("sensitivity", len(probes)):
             batching = subject.batch, subject.dynamic_batch, config.threads
@@ -496,6 +532,7 @@ def _layer_result(
         reached_error=done.reached / done.scale if done and done.reached is not None and done.scale else None,
         status=done.status.name.lower() if done else "dense",
         activation=layer.behind.label,
+        damping=done.damping if done else None,
     )
 
 

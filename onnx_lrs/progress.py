@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Protocol
 
 
@@ -51,3 +54,21 @@ class Pace:
         if self._waiting:
             self._progress.step(f"{self._waiting} samples")
             self._waiting = 0
+
+
+class Timer:
+    """Adds up wall-clock seconds by kind of work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def of(self, kind: str) -> Iterator[None]:
+        """Count the time of a block."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - begun
+
+    def rounded(self) -> dict[str, float]:
+        """Return the seconds to the millisecond, the longest first."""
+        return {kind: round(s, 3) for kind, s in sorted(self.seconds.items(), key=lambda pair: -pair[1])}

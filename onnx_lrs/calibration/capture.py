@@ -15,13 +15,16 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_lrs.calibration.columns import channel_major, columns, is_by_sample
+from onnx_lrs.calibration.frontier import Call, Frontier, calls_of
 from onnx_lrs.calibration.reservoir import Reservoir, lots
-from onnx_lrs.data import Samples, batches
+from onnx_lrs.calibration.store import Store
+from onnx_lrs.data import Samples
 from onnx_lrs.errors import DataError
 from onnx_lrs.graph.layers import Geometry, Layer, weight_matrix
 from onnx_lrs.graph.model import View
-from onnx_lrs.progress import Pace, Progress
-from onnx_lrs.runtime.session import Session, with_outputs
+from onnx_lrs.graph.segments import Cutter
+from onnx_lrs.progress import Pace, Progress, Timer
+from onnx_lrs.runtime.session import Feed
 from onnx_lrs.solvers.moments import Accumulator, Moments, permuted
 from onnx_lrs.solvers.problem import Columns
 
@@ -30,6 +33,7 @@ WEIGHTS_PER_SOLVE = 4  # out x d float64 at once: the weight, its reordered copy
 COLUMNS_PER_WIDTH = 8  # columns wanted per column of H, so that its inverse means something
 KEPT_PER_WIDTH, MOST_KEPT = 4, 20_000  # columns in a reservoir: per column of H, and at most
 ARRAYS_PER_SOLVE = 3  # n x out float32 at once while a layer is fitted to its columns, beside one copy of them
+ACTIVATIONS_SHARE = 4  # of the memory holds what waits between two parts of the network; the rest goes to disk
 SHARES = 3  # equal parts that the d x d matrices leave of the memory: two roles' reservoirs, and that work space
 
 Key = tuple[str, Geometry, str]
@@ -90,12 +94,12 @@ def reservoir_rows(layer: Layer, memory_bytes: int) -> int:
     4 * d of them, at most 20,000, and no more than fit a quarter of the memory or a third of what the layer's d x d
     matrices leave of it: 0 for wide layers. It depends on nothing but d, so that layers with one input can share them.
     """
-    return min(KEPT_PER_WIDTH * layer.d, MOST_KEPT, _share(layer, memory_bytes) // (4 * layer.d))
+    return min(KEPT_PER_WIDTH * layer.d, MOST_KEPT, share_of_memory(layer, memory_bytes) // (4 * layer.d))
 
 
 def solver_rows(layer: Layer, memory_bytes: int) -> int:
     """Return how many of these columns a solver gets, so that its copy of them and its outputs fit a share as well."""
-    room = _share(layer, memory_bytes) // (4 * layer.d + 4 * ARRAYS_PER_SOLVE * layer.out)
+    room = share_of_memory(layer, memory_bytes) // (4 * layer.d + 4 * ARRAYS_PER_SOLVE * layer.out)
     return min(reservoir_rows(layer, memory_bytes), room)
 
 
@@ -104,7 +108,8 @@ def has_few_columns(layer: Layer, memory_bytes: int) -> bool:
     return solver_rows(layer, memory_bytes) < layer.d
 
 
-def _share(layer: Layer, memory_bytes: int) -> int:
+def share_of_memory(layer: Layer, memory_bytes: int) -> int:
+    """Return the bytes that the sampled columns of one role may take."""
     left = max(memory_bytes - 8 * layer.d**2 * MATRICES_PER_SOLVE, 0)
     return min(memory_bytes // 4, left // SHARES)
 
@@ -165,15 +170,27 @@ def rows_per_call(
 
 
 class Capture:
-    """Runs groups of layers over the samples; holds one session in which every layer's input is an output."""
+    """Runs the original network over the samples, group by group of its layers, each part of it once.
 
-    def __init__(self, model: onnx.ModelProto, layers: Sequence[Layer], samples: Samples, setting: Setting) -> None:
+    A group that lies behind the last one goes on from there; any other group begins a new pass. ``layers`` are all
+    layers that may be asked for.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        layers: Sequence[Layer],
+        samples: Samples,
+        setting: Setting,
+        timer: Timer | None = None,
+    ) -> None:
         self._view = View(model)
+        self._cutter = Cutter(self._view)
+        self._layers = layers
         self._samples = samples
         self._setting = setting
-        self._fed = {v.name for v in model.graph.input}
-        tensors = sorted({layer.input for layer in layers} - self._fed)
-        self._session = Session(with_outputs(model, tensors), setting.threads) if tensors else None
+        self._timer = timer or Timer()
+        self._pass: _Pass | None = None
 
     def moments(self, group: Sequence[Layer], roles: Roles, progress: Progress) -> dict[str, dict[str, Moments]]:
         """Return node -> role -> moments, for those who need nothing else; see :meth:`statistics`."""
@@ -191,8 +208,7 @@ class Capture:
             If an activation is not finite (names layer and samples).
         """
         memory = self._setting.memory_bytes
-        firsts = {key_of(layer, memory): layer for layer in reversed(group)}
-        found = {role: self._gather(firsts, items, progress, with_columns) for role, items in roles.items()}
+        found = self._gather(group, roles, progress, with_columns)
         return {
             layer.node: {
                 role: _cut(own[key_of(layer, memory)], solver_rows(layer, memory)) for role, own in found.items()
@@ -201,17 +217,27 @@ class Capture:
         }
 
     def _gather(
-        self, firsts: Mapping[Key, Layer], items: NDArray[np.int64], progress: Progress, with_columns: bool
-    ) -> dict[Key, Statistic]:
+        self, group: Sequence[Layer], roles: Roles, progress: Progress, with_columns: bool
+    ) -> dict[str, dict[Key, Statistic]]:
         memory = self._setting.memory_bytes
-        sums = {k: Accumulator(v.out if is_wide(v, memory) else v.d) for k, v in firsts.items()}
+        firsts = {key_of(layer, memory): layer for layer in reversed(group)}
         rows = {k: reservoir_rows(v, memory) if with_columns else 0 for k, v in firsts.items()}
-        kept = {k: Reservoir(n, firsts[k].d) for k, n in rows.items() if n}
-        for part in self._stream(firsts, items, progress):
-            sums[part.key].add(part.columns)
-            if part.key in kept:
-                kept[part.key].add(part.columns, *self._lots(part))
-        return {k: self._statistic(v, sums.pop(k).moments(), kept.pop(k, None)) for k, v in firsts.items()}
+        sums = {
+            role: {k: Accumulator(v.out if is_wide(v, memory) else v.d) for k, v in firsts.items()} for role in roles
+        }
+        kept = {role: {k: Reservoir(n, firsts[k].d) for k, n in rows.items() if n} for role in roles}
+        for role, part in self._stream(firsts, self._calls(group, roles), roles, progress):
+            with self._timer.of("moments"):
+                sums[role][part.key].add(part.columns)
+            if part.key in kept[role]:
+                drawn = lots_of(self._samples, self._setting.seed, part.items, len(part.columns), part.by_sample)
+                kept[role][part.key].add(part.columns, *drawn)
+        return {
+            role: {
+                k: self._statistic(v, sums[role].pop(k).moments(), kept[role].pop(k, None)) for k, v in firsts.items()
+            }
+            for role in roles
+        }
 
     def _statistic(self, layer: Layer, moments: Moments, reservoir: Reservoir | None) -> Statistic:
         """Return moments and columns in the weight's own order."""
@@ -224,52 +250,148 @@ class Capture:
         inputs, items = reservoir.sample(order)
         return Statistic(moments, Columns(inputs), items)
 
-    def _stream(self, firsts: Mapping[Key, Layer], items: NDArray[np.int64], progress: Progress) -> Iterator[_Part]:
+    def _stream(
+        self, firsts: Mapping[Key, Layer], calls: Iterator[tuple[Call, Feed]], roles: Roles, progress: Progress
+    ) -> Iterator[tuple[str, _Part]]:
         setting = self._setting
         wide = {
             k: weight_matrix(self._view, v, np.float32) for k, v in firsts.items() if is_wide(v, setting.memory_bytes)
         }
-        tensors = sorted({layer.input for layer in firsts.values()} - self._fed)
-        rows = sum(self._samples.rows(int(i)) for i in items)
-        pace = Pace(progress, setting.batch if setting.dynamic_batch else 1)
-        for indices, feed in batches(self._samples, items, setting.batch, setting.dynamic_batch):
-            values = feed | (self._session.run(feed, tensors) if self._session and tensors else {})
+        rows = {role: sum(self._samples.rows(int(i)) for i in items) for role, items in roles.items()}
+        every = setting.batch if setting.dynamic_batch else 1
+        paces = {role: Pace(progress, every) for role in roles}
+        for call, values in calls:
             for key, layer in firsts.items():
-                uniform = self._uniform(layer, indices, rows)
-                chunk = columns(layer, values[layer.input], uniform)
-                if not np.isfinite(chunk).all():
-                    raise DataError(
-                        f"The input of layer {layer.name!r} is not finite for sample {indices[0]}.",
-                        "Check the preprocessing of the data.",
+                with self._timer.of("columns"):
+                    uniform = uniform_numbers(
+                        self._samples, setting.seed, call.items, wanted_columns(layer, setting), rows[call.role]
                     )
-                by_sample = is_by_sample(layer, values[layer.input], len(uniform))
-                yield _Part(key, chunk @ wide[key].T if key in wide else chunk, indices, by_sample)
-            pace.advance(len(indices))
-        pace.finish()
+                    chunk = columns(layer, values[layer.input], uniform)
+                    check_finite(layer, chunk, call)
+                    by_sample = is_by_sample(layer, values[layer.input], len(uniform))
+                    chunk = chunk @ wide[key].T if key in wide else chunk
+                yield call.role, _Part(key, chunk, call.items, by_sample)
+            paces[call.role].advance(len(call.items))
+        for pace in paces.values():
+            pace.finish()
 
-    def _lots(self, part: _Part) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return the priority of each column and the item it comes from, -1 where samples cannot be told apart."""
-        total, seed = len(part.columns), self._setting.seed
-        if len(part.items) > 1 and not part.by_sample:
-            priorities, items = lots(seed, (int(part.items[0]),), (total,))
-            return priorities, np.full_like(items, -1)
-        rows = [self._samples.rows(int(i)) for i in part.items]
-        return lots(seed, tuple(int(i) for i in part.items), tuple(total * n // sum(rows) for n in rows))
-
-    def _uniform(self, layer: Layer, indices: NDArray[np.int64], rows: int) -> NDArray[np.float64]:
-        """Return numbers that decide the positions; they depend on seed and sample only, not on batches or layers."""
-        wanted = max(self._setting.columns, COLUMNS_PER_WIDTH * layer.d)
-        count = -(-wanted // max(rows, 1))
-        drawn = [
-            np.random.default_rng([self._setting.seed, int(i)]).random((self._samples.rows(int(i)), count))
-            for i in indices
-        ]
-        return np.concatenate(drawn)
+    def _calls(self, group: Sequence[Layer], roles: Roles) -> Iterator[tuple[Call, Feed]]:
+        """Yield every call with the inputs of the group."""
+        if self._pass is None or not self._pass.reaches(group, roles):
+            self.close()
+            self._pass = _Pass(self._cutter, self._layers, self._samples, self._setting, self._timer)
+            self._pass.begin(roles)
+        yield from self._pass.values(group)
 
     def close(self) -> None:
-        """Release the session."""
-        if self._session is not None:
-            self._session.close()
+        """Forget the activations."""
+        if self._pass is not None:
+            self._pass.close()
+            self._pass = None
+
+
+def _inputs(layers: Sequence[Layer]) -> set[str]:
+    return {layer.input for layer in layers}
+
+
+def wanted_columns(layer: Layer, setting: Setting) -> int:
+    """Return how many columns of a layer enter its moments in a role."""
+    return max(setting.columns, COLUMNS_PER_WIDTH * layer.d)
+
+
+def lots_of(
+    samples: Samples, seed: int, items: NDArray[np.int64], total: int, by_sample: bool
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return the priority of each of ``total`` columns of a call and its item, -1 where items cannot be told apart."""
+    if len(items) > 1 and not by_sample:
+        priorities, found = lots(seed, (int(items[0]),), (total,))
+        return priorities, np.full_like(found, -1)
+    rows = [samples.rows(int(i)) for i in items]
+    return lots(seed, tuple(int(i) for i in items), tuple(total * n // sum(rows) for n in rows))
+
+
+def uniform_numbers(
+    samples: Samples, seed: int, items: NDArray[np.int64], wanted: int, rows: int
+) -> NDArray[np.float64]:
+    """Return numbers that decide the positions; they depend on seed and sample only, not on batches or layers.
+
+    ``wanted`` columns are shared by ``rows`` rows, those of all samples of the role.
+    """
+    count = -(-wanted // max(rows, 1))
+    return np.concatenate([np.random.default_rng([seed, int(i)]).random((samples.rows(int(i)), count)) for i in items])
+
+
+def check_finite(layer: Layer, columns: NDArray[np.float32], call: Call) -> None:
+    """Refuse activations that are not finite.
+
+    Raises
+    ------
+    DataError
+        Names the layer and the first sample of the call.
+    """
+    if not np.isfinite(columns).all():
+        raise DataError(
+            f"The input of layer {layer.name!r} is not finite for sample {call.items[0]}.",
+            "Check the preprocessing of the data.",
+        )
+
+
+class _Pass:
+    """One run of the original network over the samples of some roles, part by part."""
+
+    def __init__(
+        self, cutter: Cutter, layers: Sequence[Layer], samples: Samples, setting: Setting, timer: Timer
+    ) -> None:
+        self._cutter = cutter
+        self._later = list(layers)
+        self._samples = samples
+        self._setting = setting
+        self._timer = timer
+        self._store = Store(setting.memory_bytes // ACTIVATIONS_SHARE)
+        self._frontier = Frontier(cutter, self._store, setting.threads, timer)
+        self._done: set[int] = set()
+        self._roles: dict[str, NDArray[np.int64]] = {}
+        self._calls: list[Call] = []
+
+    def begin(self, roles: Roles) -> None:
+        """Read the samples."""
+        self._roles = dict(roles)
+        inputs = [name for name in self._needed(_inputs(self._later)) if self._cutter.is_given(name)]
+        with self._timer.of("read"):
+            feeds = self._read(roles)
+            self._frontier.begin(feeds, inputs)
+
+    def _read(self, roles: Roles) -> Iterator[Feed]:
+        setting = self._setting
+        for call, feed in calls_of(self._samples, list(roles.items()), setting.batch, setting.dynamic_batch):
+            self._calls.append(call)
+            yield feed
+
+    def _needed(self, tensors: set[str]) -> set[str]:
+        """Return what has to be live for some tensors to be reached."""
+        nodes = self._cutter.ancestors(tensors, self._done)
+        return (self._cutter.reads(nodes) | tensors) - self._cutter.makes(nodes)
+
+    def reaches(self, group: Sequence[Layer], roles: Roles) -> bool:
+        """Return whether the inputs of some layers lie ahead, for these samples."""
+        same = [*roles] == [*self._roles] and all(np.array_equal(roles[r], self._roles[r]) for r in roles)
+        return same and all(self._frontier.has(name) for name in self._needed(_inputs(group)))
+
+    def values(self, group: Sequence[Layer]) -> Iterator[tuple[Call, Feed]]:
+        """Go on to the inputs of some layers and yield them call by call."""
+        tensors = _inputs(group)
+        nodes = self._cutter.ancestors(tensors, self._done)
+        self._done |= set(nodes)
+        self._later = [layer for layer in self._later if layer not in group]
+        keep = self._needed(_inputs(self._later))
+        for number, made in self._frontier.advance(nodes, keep, tensors):
+            live = {name: self._frontier.value(name, number) for name in tensors - made.keys()}
+            yield self._calls[number], live | made
+        self._frontier.release(keep)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._store.close()
 
 
 def _cut(statistic: Statistic, rows: int) -> Statistic:

@@ -33,12 +33,38 @@ def columns(layer: Layer, values: NDArray[np.generic], uniform: NDArray[np.float
     """
     if layer.op == "Conv":
         return _conv_columns(layer.geometry, values, _per_image(uniform, len(values)))
-    rows = _feature_rows(layer, values)
-    samples = len(uniform) if is_by_sample(layer, values, len(uniform)) else 1
+    return _some_rows(_feature_rows(layer, values), uniform, is_by_sample(layer, values, len(uniform)))
+
+
+def _some_rows(rows: NDArray[np.generic], uniform: NDArray[np.float64], by_sample: bool) -> Floats:
+    samples = len(uniform) if by_sample else 1
     uniform, each = uniform.reshape(samples, -1), len(rows) // samples
     if each > uniform.shape[1]:
         rows = rows[(_strata(uniform, each) + each * np.arange(samples)[:, None]).ravel()]
     return np.ascontiguousarray(rows, np.float32)
+
+
+def _positions(uniform: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Return which of ``count`` positions of each image are read, (images, n): all of them if there are few."""
+    if count <= uniform.shape[1]:
+        return np.broadcast_to(np.arange(count), (len(uniform), count))
+    return _strata(uniform, count)
+
+
+def responses(layer: Layer, values: NDArray[np.generic], uniform: NDArray[np.float64], by_sample: bool) -> Floats:
+    """Return rows of a tensor shaped like the layer's output, where :func:`columns` read its input; (n, out) float32.
+
+    ``by_sample`` is what :func:`is_by_sample` says of the layer's input.
+    """
+    if layer.op == "Conv":
+        count = math.prod(values.shape[2:])
+        flat = _positions(_per_image(uniform, len(values)), count)
+        last = np.moveaxis(values, 1, -1).reshape(len(values), count, layer.out)
+        rows = last[np.arange(len(values))[:, None], flat].reshape(-1, layer.out)
+        return np.ascontiguousarray(rows, np.float32)
+    if layer.geometry.weight_left and values.ndim > 1:
+        values = np.swapaxes(values, -1, -2)
+    return _some_rows(values.reshape(-1, layer.out), uniform, by_sample)
 
 
 def is_by_sample(layer: Layer, values: NDArray[np.generic], samples: int) -> bool:
@@ -97,8 +123,7 @@ def _per_image(uniform: NDArray[np.float64], images: int) -> NDArray[np.float64]
 def _conv_columns(geometry: Geometry, values: NDArray[np.generic], uniform: NDArray[np.float64]) -> Floats:
     padded, output = _padded(geometry, np.asarray(values, np.float32))
     batch, count = len(values), math.prod(output)
-    everywhere = count <= uniform.shape[1]
-    flat = np.broadcast_to(np.arange(count), (batch, count)) if everywhere else _strata(uniform, count)
+    flat = _positions(uniform, count)
     sample = np.repeat(np.arange(batch), flat.shape[1])
     corner = [axis.ravel() * s for axis, s in zip(np.unravel_index(flat, output), geometry.strides, strict=True)]
     last = np.ascontiguousarray(np.moveaxis(padded, 1, -1))

@@ -8,6 +8,7 @@ many columns an item keep those of the same items: a smaller reservoir holds the
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +24,26 @@ class Reservoir:
         self._priorities = np.full(rows, np.inf)  # of an empty place: any column is better
         self._items = np.full(rows, -1, np.int64)
 
-    def add(self, columns: NDArray[np.float32], priorities: NDArray[np.float64], items: NDArray[np.int64]) -> None:
-        """Take in columns (n, d), float32, each with its priority (n,) and the item it comes from (n,)."""
+    def add(
+        self,
+        columns: NDArray[np.float32] | Sequence[NDArray[np.float32]],
+        priorities: NDArray[np.float64],
+        items: NDArray[np.int64],
+    ) -> None:
+        """Take in columns (n, d), float32, each with its priority (n,) and the item it comes from (n,).
+
+        A sequence of arrays (n, d_1), (n, d_2), ... stands for the wider one that they make side by side.
+        """
         places = len(self._priorities)
         best = np.argpartition(np.concatenate([self._priorities, priorities]), places - 1)[:places]
         incoming = np.sort(best[best >= places]) - places
         stays = np.zeros(places, bool)
         stays[best[best < places]] = True
         free = np.flatnonzero(~stays)
-        self._columns[free] = columns[incoming]
+        start = 0
+        for part in [columns] if isinstance(columns, np.ndarray) else columns:
+            self._columns[free, start : start + part.shape[1]] = part[incoming]
+            start += part.shape[1]
         self._priorities[free] = priorities[incoming]
         self._items[free] = items[incoming]
 

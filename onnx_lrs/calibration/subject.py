@@ -122,7 +122,8 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
     _check_patterns(config, [item.name for kind in found for item in kind])
     layers, skipped = _that_fit(*found, config.memory_bytes)
     feed = _probe_feed(config, inputs, samples, dynamic)
-    shapes = measure_shapes(folded, view, [layer.input for layer in layers], feed, config.threads)
+    around = [name for la in layers for name in (la.input, la.output, la.behind.total, la.behind.shortcut) if name]
+    shapes = measure_shapes(folded, view, around, feed, config.threads)
     in_memory = isinstance(source, onnx.ModelProto)
     dynamic = dynamic and samples is not None and _batches(folded, samples, config.threads)
     return Subject(

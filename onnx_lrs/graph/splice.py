@@ -102,6 +102,14 @@ def _needed(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> set[str]
     return names
 
 
+def outer_reads(node: onnx.NodeProto) -> set[str]:
+    """Return every tensor name that a node or its subgraphs read; what a subgraph makes itself included: harmless."""
+    names = {name for name in node.input if name}
+    for sub in _subgraphs(node):
+        names |= _needed(sub, sub.node)
+    return names
+
+
 def _without_dead_constants(
     graph: onnx.GraphProto, nodes: list[onnx.NodeProto], needed_before: set[str]
 ) -> list[onnx.NodeProto]:

@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Statistic, has_few_columns, is_wide
+from onnx_lrs.calibration.pairs import PairStatistic
 from onnx_lrs.graph.forms import is_in_parts, stored_entries
-from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
+from onnx_lrs.graph.layers import Layer, affine_behind, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
 from onnx_lrs.solvers.activation import LINEAR
-from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
+from onnx_lrs.solvers.behind import activation_error, output_error, plain, response_norm, without_offset
 from onnx_lrs.solvers.blas import threads_for
+from onnx_lrs.solvers.cascade import GRID, ROUNDS, refit
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
 
@@ -40,6 +42,7 @@ class Fitted:
     allowed: float | None = None
     reached: float | None = None
     scale: float | None = None
+    damping: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,52 @@ class Bench:
         fitted = self._fitted(layer, problem, solution, statistics)
         assert fitted is not None  # a candidate saves parameters
         return fitted
+
+    def start(self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic]) -> AnyFactors:
+        """Return what a candidate is fitted to alone, for :meth:`refit`; wide layers in the space of their outputs."""
+        method, problem = self._problem(layer, statistics)
+        assert method is not None  # a layer without a method has no candidates to choose
+        with threads_for(problem.d, self.threads):
+            factors = fit(problem, chosen, method, self.settings).factors
+        assert factors is not None  # a candidate saves parameters
+        return factors
+
+    def refit(
+        self, layer: Layer, start: AnyFactors, pairs: Mapping[str, PairStatistic], behind_activation: bool = True
+    ) -> Fitted:
+        """Return factors fitted to what the compressed network gives, from those of :meth:`start`.
+
+        Fitted on FIT, chosen on SELECT and judged on JUDGE pairs.
+        """
+        problem = self._paired(layer, pairs)
+        changed = METHODS[self.method].sees_data
+        with threads_for(problem.d, self.threads):
+            found = refit(problem, start, GRID if changed else (), ROUNDS if behind_activation else ())
+        judge = pairs[JUDGE].sample
+        widened = self._widened(layer, found.factors) if self._in_outputs(layer) else found.factors
+        error = output_error(problem, found.factors, judge)
+        behind = activation_error(problem, found.factors, judge)
+        return Fitted(widened, error, behind, damping=found.damping)
+
+    def _paired(self, layer: Layer, pairs: Mapping[str, PairStatistic]) -> Problem:
+        """Return the problem of a layer behind layers that are compressed."""
+        wide = self._in_outputs(layer)
+        square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
+        return Problem(
+            np.eye(layer.out) if wide else weight_matrix(self.view, layer),
+            1 if wide else layer.taps,
+            pairs[FIT].moments,
+            None,
+            layer.affine,
+            (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square and not wide else None,
+            layer.d if wide else None,
+            bias=bias_row(self.view, layer),
+            activation=layer.activation,
+            columns=pairs[FIT].sample,
+            checks=pairs[SELECT].sample,
+            response=pairs[FIT].response,
+            scale=affine_behind(self.view, layer)[0],
+        )
 
     def within(self, layer: Layer, gain: float, statistics: Mapping[str, Statistic]) -> Fitted | Status:
         """Return the smallest factors that keep to the gain on the FIT columns, or why the layer stays dense."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from onnx_lrs.calibration.capture import Capture, Roles, groups
+from onnx_lrs.calibration.shelf import Shelf
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.config import Budget
 from onnx_lrs.errors import BudgetError
@@ -40,11 +41,16 @@ Solved = tuple[Mapping[str, int], Plan]  # cost of each layer, and the plan
 
 
 def error_curves(
-    subject: Subject, bench: Bench, capture: Capture | None, roles: Roles, progress: Progress
+    subject: Subject,
+    bench: Bench,
+    capture: Capture | None,
+    roles: Roles,
+    progress: Progress,
+    shelf: Shelf | None = None,
 ) -> tuple[dict[str, list[Candidate]], dict[str, tuple[float, AnyFactors]]]:
     """Return every layer's candidates, and with data one fitted probe of each layer (see planning/sensitivity.py).
 
-    Statistics are captured group by group and dropped after use.
+    Statistics are captured group by group; after use they are dropped, or put on the ``shelf``.
     """
     found: dict[str, list[Candidate]] = {}
     probes: dict[str, tuple[float, AnyFactors]] = {}
@@ -56,6 +62,8 @@ def error_curves(
             probe = probe_of(found[layer.node]) if own else None
             if probe is not None:
                 probes[layer.node] = probe.loss, bench.fit(layer, probe, own, steps=0).factors
+            if shelf is not None and found[layer.node]:
+                shelf.put(layer.node, own)
             progress.step(layer.name)
     return found, probes
 

@@ -74,6 +74,7 @@ class LayerResult:
     reached_error: float | None = None
     status: str = "solved"
     activation: str = "linear"
+    damping: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Result(_Report):
     peak_memory_bytes: int
     certificate: Certificate | None = None
     notes: tuple[str, ...] = ()
+    profile: dict[str, float] = dataclasses.field(default_factory=dict)
     schema: int = SCHEMA
     model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})
 

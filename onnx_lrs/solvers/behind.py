@@ -40,6 +40,30 @@ def argument(problem: Problem, values: Floats, columns: Columns) -> Floats:
     return values if columns.offset is None else values + columns.offset
 
 
+def unargument(problem: Problem, values: Floats, columns: Columns) -> Floats:
+    """Return what the layer has to give for the activation to see ``values``: the inverse of :func:`argument`."""
+    if columns.offset is not None:
+        values = values - columns.offset
+    if problem.scale is not None:
+        values = np.divide(values, problem.scale.astype(np.float32), dtype=np.float32)
+    return values
+
+
+def respond(problem: Problem, factors: AnyFactors, columns: Columns) -> Floats:
+    """Return what the factors give, bias included, (n, out) float32."""
+    row = (bias_of(problem) + factors.bias_shift).astype(np.float32)
+    return columns.inputs @ factors.dense().T.astype(np.float32) + row
+
+
+def output_error(problem: Problem, factors: AnyFactors, columns: Columns) -> float:
+    """Return ||y - y'||_F / ||y - mean y||_F of the layer's own output on sampled columns; 0 for 0 / 0."""
+    wanted = pre_activation(problem, columns)
+    mean = wanted.mean(axis=0, dtype=np.float64).astype(np.float32)
+    lost = float(np.square(wanted - respond(problem, factors, columns), dtype=np.float64).sum())
+    total = float(np.square(wanted - mean, dtype=np.float64).sum())
+    return float(np.sqrt(lost / total)) if total > 0 else 0.0
+
+
 def is_plain(problem: Problem) -> bool:
     """Return whether the activation is nothing or a ReLU, and sees the layer's output as it is."""
     offsets = [c.offset for c in (problem.columns, problem.checks) if c is not None]

@@ -60,6 +60,17 @@ class Columns:
 
 
 @dataclasses.dataclass(frozen=True)
+class Response:
+    """What the layer should give for the columns of the moments, before its activation.
+
+    ``mean`` (out,) with the bias inside, ``cross`` (out, d) the covariance of the response with the columns; float64.
+    """
+
+    mean: Array
+    cross: Array
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """One layer to approximate.
 
@@ -88,6 +99,8 @@ class Problem:
         Sampled columns to fit on, and others that choose between iterates.
     scale : ndarray, shape (out,), or None
         What the graph multiplies the layer's output by before the activation; None stands for 1.
+    response : Response or None
+        What the layer should give where that is not ``W x + b``: behind layers that are already compressed.
     """
 
     weight: Array
@@ -102,6 +115,7 @@ class Problem:
     columns: Columns | None = None
     checks: Columns | None = None
     scale: Array | None = None
+    response: Response | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", np.asarray(self.weight, np.float64))

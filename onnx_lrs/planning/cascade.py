@@ -1,0 +1,218 @@
+"""Fit the planned layers in graph order to what the compressed network in front of them really gives.
+
+The original and the compressed network advance side by side, one level of layers after the other
+(calibration/frontier.py). A layer's columns come from the compressed prefix, its targets from the original network;
+where its output is added to a shortcut, the target makes up for the shortcut's error as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_lrs.calibration.capture import Setting, groups, lots_of, uniform_numbers, wanted_columns
+from onnx_lrs.calibration.frontier import Call, Frontier, calls_of
+from onnx_lrs.calibration.pairs import (
+    MOST_JUDGE,
+    PairStatistic,
+    Reading,
+    Sink,
+    pair_of,
+    reading_of,
+    rows_to_keep,
+)
+from onnx_lrs.calibration.store import Store
+from onnx_lrs.calibration.subject import Subject
+from onnx_lrs.data import Samples, Split
+from onnx_lrs.graph.behind import Behind
+from onnx_lrs.graph.layers import Layer
+from onnx_lrs.graph.model import View
+from onnx_lrs.graph.rewrite import rewrite
+from onnx_lrs.graph.segments import Cutter
+from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
+from onnx_lrs.progress import Progress, Timer
+from onnx_lrs.runtime.session import Feed
+from onnx_lrs.solvers.activation import LINEAR
+from onnx_lrs.solvers.problem import AnyFactors
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Layers that do not wait for each other, and the nodes that they begin; level 0 has no layers."""
+
+    layers: tuple[Layer, ...]
+    nodes: tuple[int, ...]
+
+
+def levels_of(cutter: Cutter, layers: Sequence[Layer]) -> list[Level]:
+    """Return the levels in the order in which they can be fitted."""
+    starts = {layer.node: _waits_for(layer) for layer in layers}
+    wanted = [name for layer in layers for name in (layer.input, layer.behind.total)]
+    nodes, heights = cutter.levels(starts, wanted)
+    return [
+        Level(tuple(la for la, h in zip(layers, heights, strict=True) if h == number), tuple(own))
+        for number, own in enumerate(nodes)
+    ]
+
+
+def _waits_for(layer: Layer) -> list[str]:
+    return [] if layer.behind.shortcut is None else [layer.behind.shortcut]
+
+
+def with_targets(cutter: Cutter, layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
+    """Return the layers with a shortcut only where one can be made up for.
+
+    Of two layers that are added to each other the deeper one does it, and a sum that broadcasts is no sum of equals.
+    Without its shortcut a layer is fitted to its own output.
+    """
+    alone = {layer.node: _by_itself(layer) for layer in layers}
+    same = [
+        la
+        for la in layers
+        if la.behind.shortcut is None
+        or shapes.get(la.behind.total) == shapes.get(la.output) == shapes.get(la.behind.shortcut)
+    ]
+    _, heights = cutter.levels({la.node: [] for la in layers}, [la.behind.total for la in layers])
+    order = {la.node: (height, place) for place, (la, height) in enumerate(zip(layers, heights, strict=True))}
+    deepest: dict[str, str] = {}
+    for layer in sorted(same, key=lambda la: order[la.node]):
+        deepest[layer.behind.total] = layer.node
+    kept = {la.node for la in same if la.behind.shortcut is None or deepest[la.behind.total] == la.node}
+    return [la if la.node in kept else alone[la.node] for la in layers]
+
+
+def _by_itself(layer: Layer) -> Layer:
+    return dataclasses.replace(layer, behind=Behind(total=layer.output, label="linear"), activation=LINEAR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Courses:
+    """Both networks on their way, and the calls that they run."""
+
+    original: Frontier
+    compressed: Frontier
+    calls: Sequence[Call]
+
+
+class Cascade:
+    """One run of both networks over the samples, fitting the layers as they come."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        bench: Bench,
+        material: tuple[Samples, Split],
+        setting: Setting,
+        behind_activation: bool = True,
+    ) -> None:
+        samples, split = material
+        self._subject = subject
+        self._bench = bench
+        self._samples = samples
+        self._roles = {FIT: split.fit, SELECT: split.select, JUDGE: split.held_out}
+        self._setting = setting
+        self._behind_activation = behind_activation
+        self._rows = {role: sum(samples.rows(int(i)) for i in items) for role, items in self._roles.items()}
+
+    def run(
+        self, layers: Sequence[Layer], starts: Mapping[str, AnyFactors], timer: Timer, progress: Progress
+    ) -> dict[str, Fitted]:
+        """Return the fitted layers by node.
+
+        Parameters
+        ----------
+        layers : sequence of Layer
+            Those to be compressed.
+        starts : mapping of node to factors
+            What each was fitted to alone; form, rank and channels stay.
+        timer, progress
+            Told how long what takes, and one step a layer.
+        """
+        setting, cutter = self._setting, Cutter(self._subject.view)
+        layers = with_targets(cutter, layers, self._subject.shapes)
+        levels = levels_of(cutter, layers)
+        fitted: dict[str, Fitted] = {}
+        with Store(setting.memory_bytes // 4) as store:
+            courses = self._begin(cutter, levels, store, timer)
+            for number, level in enumerate(levels):
+                later = _needed(cutter, levels[number + 1 :])
+                totals = {layer.behind.total for layer in level.layers}
+                _exhaust(courses.original.advance(level.nodes, later | totals))
+                for group in groups(level.layers, 1, setting.memory_bytes, True):
+                    found = self._pairs(group, courses, timer)
+                    for layer in group:
+                        with timer.of("solve"):
+                            fitted[layer.node] = self._bench.refit(
+                                layer, starts[layer.node], found.pop(layer.node), self._behind_activation
+                            )
+                        progress.step(layer.name)
+                if level.layers:
+                    change = functools.partial(self._replaced, level.layers, fitted)
+                    _exhaust(courses.compressed.advance(level.nodes, later, change=change))
+                for network in (courses.original, courses.compressed):
+                    network.release(later)
+        return fitted
+
+    def _begin(self, cutter: Cutter, levels: Sequence[Level], store: Store, timer: Timer) -> Courses:
+        setting = self._setting
+        calls: list[Call] = []
+        original = Frontier(cutter, store, setting.threads, timer)
+        inputs = [name for name in _needed(cutter, levels) if cutter.is_given(name)]
+
+        def feeds() -> Iterator[Feed]:
+            for call, feed in calls_of(self._samples, [*self._roles.items()], setting.batch, setting.dynamic_batch):
+                calls.append(call)
+                yield feed
+
+        with timer.of("read"):
+            original.begin(feeds(), inputs)
+        return Courses(original, Frontier(cutter, store, setting.threads, timer, original), calls)
+
+    def _pairs(self, group: Sequence[Layer], courses: Courses, timer: Timer) -> dict[str, dict[str, PairStatistic]]:
+        """Return node -> role -> what the layers of a group get and should give."""
+        memory = self._setting.memory_bytes
+        readings = [reading_of(self._subject.view, layer, memory) for layer in group]
+        sinks = {
+            (reading.layer.node, role): Sink(reading, rows_to_keep(reading, memory, role == FIT), role == FIT)
+            for reading in readings
+            for role in self._roles
+        }
+        networks = courses.original, courses.compressed
+        for number, call in enumerate(courses.calls):
+            for reading in readings:
+                with timer.of("columns"):
+                    uniform = self._uniform(reading, call)
+                    pair = pair_of(reading, networks, number, call, uniform)
+                    seed, count = self._setting.seed, len(pair.columns)
+                    drawn = lots_of(self._samples, seed, call.items, count, pair.by_sample)
+                with timer.of("moments"):
+                    sinks[reading.layer.node, call.role].add(pair, *drawn)
+        return {la.node: {role: sinks.pop((la.node, role)).statistic() for role in self._roles} for la in group}
+
+    def _uniform(self, reading: Reading, call: Call) -> NDArray[np.float64]:
+        wanted = wanted_columns(reading.layer, self._setting) if call.role == FIT else MOST_JUDGE
+        return uniform_numbers(self._samples, self._setting.seed, call.items, wanted, self._rows[call.role])
+
+    def _replaced(
+        self, layers: Sequence[Layer], fitted: Mapping[str, Fitted], model: onnx.ModelProto
+    ) -> onnx.ModelProto:
+        factors = {layer.node: fitted[layer.node].factors for layer in layers}
+        return rewrite(View(model), layers, factors, self._subject.ranks).model
+
+
+def _needed(cutter: Cutter, levels: Sequence[Level]) -> set[str]:
+    """Return the tensors that the nodes and layers of some levels read from before."""
+    nodes = [node for level in levels for node in level.nodes]
+    layers = [layer for level in levels for layer in level.layers]
+    read = cutter.reads(nodes) | {name for la in layers for name in (la.input, *_waits_for(la))}
+    return read - cutter.makes(nodes)
+
+
+def _exhaust(steps: Iterable[object]) -> None:
+    for _ in steps:
+        continue
