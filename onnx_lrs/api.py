@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from concurrent.futures import Executor
 from typing import Any
 
 from onnx_lrs.calibration.subject import Inputs, Subject, examine
@@ -27,6 +28,7 @@ def compress(
     budget: Budget | None = None,
     config: Config | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Result:
     """Make a model smaller by low-rank + structured sparse weights.
 
@@ -50,6 +52,9 @@ def compress(
         All settings. Default: ``Config()``, half of the parameters.
     progress : Progress, optional
         Is told stages and steps; silent by default.
+    executor : concurrent.futures.Executor, optional
+        Solves layers side by side, in place of the ``config.jobs`` threads of this process: threads, processes or a
+        cluster (dask's ``client.get_executor()``). The file is the same, to the byte. It is not shut down.
 
     Returns
     -------
@@ -65,7 +70,7 @@ def compress(
     if budget is not None:
         settings = dataclasses.replace(settings, budget=budget)
     target = None if output is None else pathlib.Path(output)
-    return run(Job(model, target, Inputs(data, labels, test), settings, progress or Silent()))
+    return run(Job(model, target, Inputs(data, labels, test), settings, progress or Silent(), executor))
 
 
 def inspect(model: ModelSource, *, config: Config | None = None) -> Inspection:

@@ -223,6 +223,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("--batch", type=int, metavar="N", help=f"most samples in one inference call ({default.batch})")
     fit.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
+    fit.add_argument("--jobs", type=int, metavar="N", help="layers solved at the same time (as many as threads)")
 
 
 def _add_image_flags(parser: argparse.ArgumentParser) -> None:

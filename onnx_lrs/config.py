@@ -174,6 +174,8 @@ class Config:
         Largest number of samples in one inference call.
     threads : int
         Threads of ONNX Runtime's operators and of the reported latency.
+    jobs : int, optional
+        Layers and candidates solved at the same time; None: as many as ``threads``. Decides the time, not the file.
     seed : int
         Decides the split of the samples and the sampled positions; same seed, same file.
     exclude : tuple of str
@@ -197,6 +199,7 @@ class Config:
     memory_bytes: int = 2 * GIB
     batch: int = 32
     threads: int = dataclasses.field(default_factory=available_threads)
+    jobs: int | None = None
     seed: int = 0
     exclude: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -220,6 +223,7 @@ class Config:
         _require(self.columns >= 256, f"--columns is {self.columns}; statistics need at least 256.")
         _require(self.batch >= 1, f"--batch is {self.batch}; it must be at least 1.")
         _require(self.threads >= 1, f"--threads is {self.threads}; it must be at least 1.")
+        _require(self.jobs is None or self.jobs >= 1, f"--jobs is {self.jobs}; it must be at least 1.")
         _require(self.seed >= 0, f"--seed is {self.seed}; it must not be negative.")
         _require(
             self.memory_bytes >= GIB // 4,

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -27,18 +27,29 @@ from onnx_lrs.graph.forms import element_params, stored_entries
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import ModelSource, View, takes_sparse
 from onnx_lrs.graph.rewrite import Rewritten, rewrite, take_rows
-from onnx_lrs.planning.candidates import FIT, JUDGE, LOW_RANK, SELECT, Bench, Fitted
+from onnx_lrs.planning.candidates import (
+    FIT,
+    JUDGE,
+    LOW_RANK,
+    SELECT,
+    Bench,
+    Fitted,
+    solution_of,
+    solution_within,
+)
 from onnx_lrs.planning.cascade import Cascade
 from onnx_lrs.planning.guarantee import Promise, promise
 from onnx_lrs.planning.plan import Plan, error_curves, macs_of, make_plan, weighted
 from onnx_lrs.planning.sensitivity import sensitivities
+from onnx_lrs.planning.shop import Shop
+from onnx_lrs.planning.workers import Executor, Task, Workers
 from onnx_lrs.progress import Progress, Timer
 from onnx_lrs.report.environment import environment, peak_memory_bytes
 from onnx_lrs.report.result import Certificate, Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.session import Session
 from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
-from onnx_lrs.solvers import METHODS, Settings, Status
+from onnx_lrs.solvers import METHODS, Settings, Solution, Status
 from onnx_lrs.solvers.closed_form import form_of
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 
@@ -59,6 +70,7 @@ class Job:
     inputs: Inputs
     config: Config
     progress: Progress
+    executor: Executor | None = None
 
 
 class Clock:
@@ -105,7 +117,7 @@ def compress(job: Job) -> Result:
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks)
-        layers = _layer_results(subject, rewritten, fitted, known=material.samples is not None)
+        layers = _layer_results(subject, rewritten, work, known=material.samples is not None)
         before, after, quality, provider, certificate = _judge(
             job, subject, material, (rewritten.model, work.promised), clock
         )
@@ -283,11 +295,15 @@ def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended."""
+    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended.
+
+    ``seen`` are dense layers behind compressed ones: their weights stay, what comes out of them does not.
+    """
 
     fitted: dict[str, Fitted]
     promised: Promise | str | None = None
     left: dict[str, Status] = dataclasses.field(default_factory=dict)
+    seen: dict[str, Fitted] = dataclasses.field(default_factory=dict)
 
 
 def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> Work:
@@ -309,17 +325,20 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
         if material.samples is not None and subject.layers:
             capture = Capture(subject.folded, subject.layers, material.samples, setting, clock.timer)
             stack.callback(capture.close)
+        workers = stack.enter_context(Workers(config.jobs or config.threads, config.threads, job.executor))
+        shop = Shop(bench, capture, setting, workers, clock.timer)
         plan = None
         if _in_cascade(job, material):
             shelf = Shelf(stack.enter_context(Store(config.memory_bytes // SHELF_SHARE)))
         if config.budget.kind != "gain":
-            plan = _plan(job, subject, material, (bench, capture, setting, shelf), clock)
+            plan = _plan(job, subject, material, shop, shelf, clock)
         if shelf is not None and plan is not None:
-            return Work(_fit_in_cascade(job, subject, material, (bench, shelf, setting), plan, clock))
+            fitted, seen = _fit_in_cascade(job, subject, material, shop, (plan, shelf), clock)
+            return Work(fitted, seen=seen)
         chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
         roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
-            fitted, items, left = _fit(chosen, plan or config.budget.fraction, bench, capture, roles, job.progress)
+            fitted, items, left = _fit(chosen, plan or config.budget.fraction, shop, roles, job.progress)
     if plan is not None:
         return Work(fitted)
     if not fitted:
@@ -332,9 +351,6 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
     return Work(fitted, promise(subject, fitted, items), left)
 
 
-Workshop = tuple[Bench, Capture | None, Setting, Shelf | None]
-
-
 def _in_cascade(job: Job, material: Material) -> bool:
     """Return whether layers are fitted to what the compressed ones in front of them give."""
     config = job.config
@@ -343,31 +359,37 @@ def _in_cascade(job: Job, material: Material) -> bool:
 
 
 def _fit_in_cascade(
-    job: Job, subject: Subject, material: Material, tools: tuple[Bench, Shelf, Setting], plan: Plan, clock: Clock
-) -> dict[str, Fitted]:
-    """Fit the plan's candidates alone, from what the plan was made of, then in graph order behind each other."""
-    bench, shelf, setting = tools
+    job: Job, subject: Subject, material: Material, shop: Shop, found: tuple[Plan, Shelf], clock: Clock
+) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
+    """Fit the plan's candidates alone, from what the plan was made of, then all layers behind each other.
+
+    Layers that the plan leaves dense may get new weights, to make up for what the compressed ones lose.
+    """
+    plan, shelf = found
     assert material.samples is not None
     assert material.split is not None
     chosen = [layer for layer in subject.layers if layer.node in plan.chosen]
-    with clock.stage("fit", 2 * len(chosen)):
-        starts = {}
+    with clock.stage("fit", len(chosen) + len(subject.layers)):
+        starts: dict[str, AnyFactors] = {}
         for layer in chosen:
+            question = shop.bench.question(layer, shelf.take(layer.node))
             with clock.timer.of("solve"):
-                starts[layer.node] = bench.start(layer, plan.chosen[layer.node], shelf.take(layer.node))
+                task = Task(question.problem.d, (question, plan.chosen[layer.node]))
+                factors = shop.workers.map(solution_of, [task])[0].factors
+            assert factors is not None  # a candidate saves parameters
+            starts[layer.node] = factors
             job.progress.step(layer.name)
-        behind = job.config.fit == "cascade"
-        cascade = Cascade(subject, bench, (material.samples, material.split), setting, behind)
-        return cascade.run(chosen, starts, clock.timer, job.progress)
+        cascade = Cascade(subject, shop, (material.samples, material.split), job.config.fit == "cascade")
+        return cascade.run(subject.layers, starts, job.progress)
 
 
-def _plan(job: Job, subject: Subject, material: Material, workshop: Workshop, clock: Clock) -> Plan:
+def _plan(job: Job, subject: Subject, material: Material, shop: Shop, shelf: Shelf | None, clock: Clock) -> Plan:
     """Choose a candidate for each layer: error curves, weighed by how much each layer's error moves the outputs."""
     config, split = job.config, material.split
-    bench, capture, setting, shelf = workshop
+    bench, setting = shop.bench, shop.setting
     roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
     with clock.stage("plan", _step_count(subject.layers, roles, material, setting, bench.with_columns)):
-        curves, probes = error_curves(subject, bench, capture, roles, job.progress, shelf)
+        curves, probes = error_curves(subject, shop, roles, job.progress, shelf)
     if probes and material.samples is not None and split is not None:
         with clock.stage("sensitivity", len(probes)):
             batching = subject.batch, subject.dynamic_batch, config.threads
@@ -389,27 +411,28 @@ Items = dict[str, NDArray[np.int64] | None]
 
 
 def _fit(
-    layers: tuple[Layer, ...],
-    plan: Plan | float,
-    bench: Bench,
-    capture: Capture | None,
-    roles: Roles,
-    progress: Progress,
+    layers: tuple[Layer, ...], plan: Plan | float, shop: Shop, roles: Roles, progress: Progress
 ) -> tuple[dict[str, Fitted], Items, dict[str, Status]]:
-    """Fit the plan's candidates, or to a gain.
+    """Fit the plan's candidates, or to a gain, each layer alone.
 
     Returns what was fitted, which samples the columns came from, and how the solves of layers left dense ended.
     """
+    bench, capture = shop.bench, shop.capture
     fitted: dict[str, Fitted] = {}
     left: dict[str, Status] = {}
     items: Items = {}
     for group in groups(layers, len(roles), bench.memory_bytes, bench.with_columns):
         statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
-        for layer in group:
+        questions = [bench.question(layer, statistics.get(layer.node, {})) for layer in group]
+        solve: Callable[..., Solution | None] = solution_of if isinstance(plan, Plan) else solution_within
+        wanted = [plan.chosen[layer.node] if isinstance(plan, Plan) else plan for layer in group]
+        asked = list(zip(questions, wanted, strict=True))
+        tasks = [Task(pair[0].problem.d, pair) for pair in asked]
+        solutions = shop.workers.map(solve, tasks, shop.at_once(group, len(roles)))
+        for layer, question, solution in zip(group, questions, solutions, strict=True):
             own = statistics.pop(layer.node, {})
-            if isinstance(plan, Plan):
-                fitted[layer.node] = bench.fit(layer, plan.chosen[layer.node], own)
-            elif isinstance(found := bench.within(layer, plan, own), Status):
+            found = bench.outcome(layer, question, solution, own)
+            if isinstance(found, Status):
                 left[layer.node] = found
             else:
                 fitted[layer.node] = found
@@ -491,19 +514,17 @@ def _write(job: Job, model: onnx.ModelProto, after: Totals, external: bool, cloc
     return dataclasses.replace(after, file_bytes=models.file_bytes(job.output))
 
 
-def _layer_results(
-    subject: Subject, rewritten: Rewritten, fitted: Mapping[str, Fitted], known: bool
-) -> tuple[LayerResult, ...]:
+def _layer_results(subject: Subject, rewritten: Rewritten, work: Work, known: bool) -> tuple[LayerResult, ...]:
     """Return what became of each layer; ``known`` says whether there are samples that errors were measured on."""
     kept = rewritten.kept_outputs
-    return tuple(
-        _layer_result(subject, layer, kept.get(layer.node), fitted.get(layer.node), known) for layer in subject.layers
-    )
+    return tuple(_layer_result(subject, layer, kept.get(layer.node), work, known) for layer in subject.layers)
 
 
 def _layer_result(
-    subject: Subject, layer: Layer, outputs: NDArray[np.int64] | None, done: Fitted | None, known: bool
+    subject: Subject, layer: Layer, outputs: NDArray[np.int64] | None, work: Work, known: bool
 ) -> LayerResult:
+    done = work.fitted.get(layer.node)
+    judged = done or work.seen.get(layer.node)
     macs = subject.macs[layer.node]
     kept_outputs = layer.out if outputs is None else len(outputs)
     factors = done.factors if done else None
@@ -526,8 +547,8 @@ def _layer_result(
         params_after=params,
         macs_before=macs,
         macs_after=_macs_after(subject, layer, factors, outputs, params),
-        error=done.error if done else (0.0 if known else None),
-        activation_error=done.activation_error if done else None,
+        error=judged.error if judged else (0.0 if known else None),
+        activation_error=judged.activation_error if judged else None,
         allowed_error=done.allowed / done.scale if done and done.allowed is not None and done.scale else None,
         reached_error=done.reached / done.scale if done and done.reached is not None and done.scale else None,
         status=done.status.name.lower() if done else "dense",
@@ -544,6 +565,8 @@ def _describe(factors: AnyFactors | None) -> tuple[Form, int, int]:
         return "spatial", factors.rank, 0
     if isinstance(factors, ElementFactors):
         return "low-rank + elements" if factors.rank else "elements", factors.rank, 0
+    if not factors.rank and factors.sparse.shape[1] == factors.right.shape[1]:
+        return "dense", 0, 0  # with other weights
     form: Form = form_of(factors.rank, len(factors.kept))  # type: ignore[assignment]
     return form, factors.rank, len(factors.kept)
 

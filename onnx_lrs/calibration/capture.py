@@ -141,6 +141,13 @@ def groups(layers: Sequence[Layer], roles: int, memory_bytes: int, with_columns:
     return found
 
 
+def solves_at_once(group: Sequence[Layer], roles: int, memory_bytes: int, with_columns: bool) -> int:
+    """Return how many solves have room beside the statistics of a group; at least one."""
+    sizes = {key_of(layer, memory_bytes): _bytes(layer, roles, memory_bytes, with_columns) for layer in group}
+    work = max((own for _, own in sizes.values()), default=0)
+    return max(1, (memory_bytes - sum(size for size, _ in sizes.values())) // max(work, 1))
+
+
 def _bytes(layer: Layer, roles: int, memory_bytes: int, with_columns: bool) -> tuple[int, int]:
     """Return the bytes of a layer's statistics and of the work space of its solve."""
     width = layer.out if is_wide(layer, memory_bytes) else layer.d

@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Statistic, has_few_columns, is_wide
-from onnx_lrs.calibration.pairs import PairStatistic
 from onnx_lrs.graph.forms import is_in_parts, stored_entries
-from onnx_lrs.graph.layers import Layer, affine_behind, bias_row, weight_matrix
+from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
+from onnx_lrs.planning.sensitivity import probe_of
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
 from onnx_lrs.solvers.activation import LINEAR
-from onnx_lrs.solvers.behind import activation_error, output_error, plain, response_norm, without_offset
+from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
 from onnx_lrs.solvers.blas import threads_for
-from onnx_lrs.solvers.cascade import GRID, ROUNDS, refit
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
 
@@ -33,6 +32,8 @@ class Fitted:
     ``activation_error`` is ||phi(y) - phi(y')||_F / ||phi(y)||_F on the held-out columns that were sampled, phi being
     what follows the layer; None if none were. Unlike ``error`` it counts the mean of y on both sides. ``allowed`` and
     ``reached`` are those of a guarantee, ||phi(y) - phi(y')||_F over the columns of the fit, ``scale`` ||phi(y)||_F.
+    ``damping`` is that of a refit in the cascade, ``gain`` the share of the error behind the activation that it took
+    off what it started from, on the columns that chose it.
     """
 
     factors: AnyFactors
@@ -43,6 +44,53 @@ class Fitted:
     reached: float | None = None
     scale: float | None = None
     damping: float | None = None
+    gain: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A layer as a solver sees it, picklable: ``method`` is None if none can take it; ``shape`` as stored."""
+
+    method: str | None
+    problem: Problem
+    settings: Settings
+    multiple: int
+    shape: tuple[int, int]
+    takes_sparse: bool
+
+
+def candidates_of(question: Question) -> list[Candidate]:
+    """Return the undominated candidates that the file can hold."""
+    if question.method is None:
+        return []
+    found = curve(question.problem, question.method, question.multiple, question.settings)
+    shape, sparse = question.shape, question.takes_sparse
+    return [c for c in found if not c.elements or is_in_parts(c.rank, c.elements, shape, sparse)]
+
+
+def candidates_and_probe(question: Question) -> tuple[list[Candidate], tuple[float, AnyFactors] | None]:
+    """Return the candidates and, fitted quickly, the one that is put into the network to see what its loss means."""
+    found = candidates_of(question)
+    probe = probe_of(found) if question.problem.moments is not None else None
+    if probe is None:
+        return found, None
+    quick = dataclasses.replace(question, settings=dataclasses.replace(question.settings, steps=0))
+    factors = solution_of(quick, probe).factors
+    assert factors is not None  # a candidate saves parameters
+    return found, (probe.loss, factors)
+
+
+def solution_of(question: Question, chosen: Candidate) -> Solution:
+    """Return the solution for a candidate."""
+    assert question.method is not None  # a layer without a method has no candidates to choose
+    return fit(question.problem, chosen, question.method, question.settings)
+
+
+def solution_within(question: Question, gain: float) -> Solution | None:
+    """Return the smallest solution that keeps to the gain; None for a layer that the method cannot take."""
+    if question.method is None or METHODS[question.method].within_error is None:
+        return None
+    return METHODS[question.method](question.problem, LayerBudget(gain=gain), settings=question.settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,88 +108,51 @@ class Bench:
     with_columns: bool = False
     settings: Settings = dataclasses.field(default_factory=Settings)
 
+    def question(self, layer: Layer, statistics: Mapping[str, Statistic]) -> Question:
+        """Return the layer as its solver sees it, fitted on the FIT and judged on the SELECT statistics."""
+        method, problem = self._problem(layer, statistics)
+        stored = (layer.out, layer.d), takes_sparse(self.view.model)
+        return Question(method, problem, self.settings, self.multiple, *stored)
+
     def curve(self, layer: Layer, statistics: Mapping[str, Statistic]) -> list[Candidate]:
         """Return the layer's undominated candidates, losses on the SELECT moments (weights only if there are none)."""
-        method, problem = self._problem(layer, statistics)
-        with threads_for(problem.d, self.threads):
-            found = curve(problem, method, self.multiple, self.settings) if method else []
-        sparse = takes_sparse(self.view.model)
-        shape = layer.out, layer.d
-        return [c for c in found if not c.elements or is_in_parts(c.rank, c.elements, shape, sparse)]
+        question = self.question(layer, statistics)
+        with threads_for(question.problem.d, self.threads):
+            return candidates_of(question)
 
-    def fit(
-        self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic], steps: int | None = None
+    def fit(self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic]) -> Fitted:
+        """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE statistics."""
+        question = self.question(layer, statistics)
+        with threads_for(question.problem.d, self.threads):
+            solution = solution_of(question, chosen)
+        return self.fitted(layer, question, solution, statistics)
+
+    def fitted(
+        self, layer: Layer, question: Question, solution: Solution, statistics: Mapping[str, Statistic]
     ) -> Fitted:
-        """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE statistics.
+        """Return the solution of a candidate as factors of the layer, judged on the JUDGE statistics."""
+        found = self._fitted(layer, question.problem, solution, statistics)
+        assert found is not None  # a candidate saves parameters
+        return found
 
-        ``steps`` limits the iterations in place of the settings' own limit.
-        """
-        method, problem = self._problem(layer, statistics)
-        assert method is not None  # a layer without a method has no candidates to choose
-        with threads_for(problem.d, self.threads):
-            limited = self.settings if steps is None else dataclasses.replace(self.settings, steps=steps)
-            solution = fit(problem, chosen, method, limited)
-        fitted = self._fitted(layer, problem, solution, statistics)
-        assert fitted is not None  # a candidate saves parameters
-        return fitted
-
-    def start(self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic]) -> AnyFactors:
-        """Return what a candidate is fitted to alone, for :meth:`refit`; wide layers in the space of their outputs."""
-        method, problem = self._problem(layer, statistics)
-        assert method is not None  # a layer without a method has no candidates to choose
-        with threads_for(problem.d, self.threads):
-            factors = fit(problem, chosen, method, self.settings).factors
-        assert factors is not None  # a candidate saves parameters
-        return factors
-
-    def refit(
-        self, layer: Layer, start: AnyFactors, pairs: Mapping[str, PairStatistic], behind_activation: bool = True
-    ) -> Fitted:
-        """Return factors fitted to what the compressed network gives, from those of :meth:`start`.
-
-        Fitted on FIT, chosen on SELECT and judged on JUDGE pairs.
-        """
-        problem = self._paired(layer, pairs)
-        changed = METHODS[self.method].sees_data
-        with threads_for(problem.d, self.threads):
-            found = refit(problem, start, GRID if changed else (), ROUNDS if behind_activation else ())
-        judge = pairs[JUDGE].sample
-        widened = self._widened(layer, found.factors) if self._in_outputs(layer) else found.factors
-        error = output_error(problem, found.factors, judge)
-        behind = activation_error(problem, found.factors, judge)
-        return Fitted(widened, error, behind, damping=found.damping)
-
-    def _paired(self, layer: Layer, pairs: Mapping[str, PairStatistic]) -> Problem:
-        """Return the problem of a layer behind layers that are compressed."""
-        wide = self._in_outputs(layer)
-        square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
-        return Problem(
-            np.eye(layer.out) if wide else weight_matrix(self.view, layer),
-            1 if wide else layer.taps,
-            pairs[FIT].moments,
-            None,
-            layer.affine,
-            (layer.geometry.kernel[0], layer.geometry.kernel[1]) if square and not wide else None,
-            layer.d if wide else None,
-            bias=bias_row(self.view, layer),
-            activation=layer.activation,
-            columns=pairs[FIT].sample,
-            checks=pairs[SELECT].sample,
-            response=pairs[FIT].response,
-            scale=affine_behind(self.view, layer)[0],
-        )
+    def outcome(
+        self, layer: Layer, question: Question, solution: Solution | None, statistics: Mapping[str, Statistic]
+    ) -> Fitted | Status:
+        """Return a solution as factors of the layer, or why the layer stays dense."""
+        if solution is None:
+            return Status.DENSE
+        found = self._fitted(layer, question.problem, solution, statistics)
+        if found is None:
+            return solution.status
+        guaranteed = solution.allowed is not None
+        return Status.DENSE if guaranteed and self._saves_nothing(layer, found.factors) else found
 
     def within(self, layer: Layer, gain: float, statistics: Mapping[str, Statistic]) -> Fitted | Status:
         """Return the smallest factors that keep to the gain on the FIT columns, or why the layer stays dense."""
-        method, problem = self._problem(layer, statistics)
-        if method != self.method:
-            return Status.DENSE
-        with threads_for(problem.d, self.threads):
-            solution = METHODS[method](problem, LayerBudget(gain=gain), settings=self.settings)
-        found = self._fitted(layer, problem, solution, statistics)
-        if found is None:
-            return solution.status
-        return Status.DENSE if self._saves_nothing(layer, found.factors) else found
+        question = self.question(layer, statistics)
+        with threads_for(question.problem.d, self.threads):
+            solution = solution_within(question, gain)
+        return self.outcome(layer, question, solution, statistics)
 
     def _saves_nothing(self, layer: Layer, factors: AnyFactors) -> bool:
         """Return whether single entries would be stored in full all the same."""
@@ -164,24 +175,24 @@ class Bench:
         guaranteed = solution.allowed is not None  # in front of an activation that the guarantee does not know
         seen = plain(problem) if guaranteed else problem
         judge = statistics.get(JUDGE)
-        if judge is not None and (self._in_outputs(layer) or not is_wide(layer, self.memory_bytes)):
+        if judge is not None and (self.in_outputs(layer) or not is_wide(layer, self.memory_bytes)):
             error = judged(problem.weight, factors, judge.moments, layer.affine)
         if judge is not None and judge.columns is not None:
             behind = activation_error(seen, factors, without_offset(judge.columns) if guaranteed else judge.columns)
-        widened = self._widened(layer, factors) if self._in_outputs(layer) else factors
+        widened = self.widened(layer, factors) if self.in_outputs(layer) else factors
         scale = None
         if guaranteed and seen.columns is not None:
             scale = response_norm(seen, seen.columns)
         return Fitted(widened, error, behind, solution.status, solution.allowed, solution.error, scale)
 
-    def _in_outputs(self, layer: Layer) -> bool:
+    def in_outputs(self, layer: Layer) -> bool:
         """Return whether the layer is solved in the space of its outputs: ``W x ~ U U^T (W x)``."""
         possible = self.method in LOW_RANK and self.settings.structure == "channels"
         return is_wide(layer, self.memory_bytes) and possible
 
     def _problem(self, layer: Layer, statistics: Mapping[str, Statistic]) -> tuple[str | None, Problem]:
         fit_on, select_on = (s.moments if s else None for s in map(statistics.get, (FIT, SELECT)))
-        if self._in_outputs(layer):
+        if self.in_outputs(layer):
             if fit_on is None or not METHODS[self.method].sees_data:
                 fit_on = Moments(1, np.zeros(layer.out), self._weight_gram(layer))
             return "hsvd", Problem(np.eye(layer.out), 1, fit_on, select_on, affine=layer.affine, width=layer.d)
@@ -217,7 +228,7 @@ class Bench:
             gram += block @ block.T
         return gram
 
-    def _widened(self, layer: Layer, factors: AnyFactors) -> Factors:
+    def widened(self, layer: Layer, factors: AnyFactors) -> Factors:
         """Return factors of W from factors of the identity on its outputs."""
         assert isinstance(factors, Factors)
         right = factors.right.astype(np.float32) @ weight_matrix(self.view, layer, np.float32)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import Setting, groups, lots_of, uniform_numbers, wanted_columns
+from onnx_lrs.calibration.capture import ACTIVATIONS_SHARE, groups, lots_of, uniform_numbers, wanted_columns
 from onnx_lrs.calibration.frontier import Call, Frontier, calls_of
 from onnx_lrs.calibration.pairs import (
     MOST_JUDGE,
@@ -32,13 +32,17 @@ from onnx_lrs.data import Samples, Split
 from onnx_lrs.graph.behind import Behind
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import View
-from onnx_lrs.graph.rewrite import rewrite
+from onnx_lrs.graph.rewrite import as_dense, rewrite
 from onnx_lrs.graph.segments import Cutter
-from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
-from onnx_lrs.progress import Progress, Timer
+from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Fitted
+from onnx_lrs.planning.refits import Place, refits
+from onnx_lrs.planning.shop import Shop
+from onnx_lrs.progress import Progress
 from onnx_lrs.runtime.session import Feed
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.problem import AnyFactors
+
+WORTH = 0.01  # of the error behind a dense layer: less is no reason to change its weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,63 +107,68 @@ class Cascade:
     """One run of both networks over the samples, fitting the layers as they come."""
 
     def __init__(
-        self,
-        subject: Subject,
-        bench: Bench,
-        material: tuple[Samples, Split],
-        setting: Setting,
-        behind_activation: bool = True,
+        self, subject: Subject, shop: Shop, material: tuple[Samples, Split], behind_activation: bool = True
     ) -> None:
         samples, split = material
         self._subject = subject
-        self._bench = bench
+        self._shop = shop
         self._samples = samples
         self._roles = {FIT: split.fit, SELECT: split.select, JUDGE: split.held_out}
-        self._setting = setting
+        self._setting = shop.setting
+        self._timer = shop.timer
         self._behind_activation = behind_activation
         self._rows = {role: sum(samples.rows(int(i)) for i in items) for role, items in self._roles.items()}
 
     def run(
-        self, layers: Sequence[Layer], starts: Mapping[str, AnyFactors], timer: Timer, progress: Progress
-    ) -> dict[str, Fitted]:
-        """Return the fitted layers by node.
+        self, layers: Sequence[Layer], starts: Mapping[str, AnyFactors], progress: Progress
+    ) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
+        """Return the layers that change, by node, and those that stay as they are, for the errors they see.
 
         Parameters
         ----------
         layers : sequence of Layer
-            Those to be compressed.
+            Those to be fitted, in any order. Dense ones in front of all others are left alone.
         starts : mapping of node to factors
-            What each was fitted to alone; form, rank and channels stay.
-        timer, progress
-            Told how long what takes, and one step a layer.
+            What each was fitted to alone; form, rank and channels stay. Layers that are missing stay dense: all of
+            their channels are kept, and their weights may change as well.
+        progress : Progress
+            Told one step a layer.
         """
-        setting, cutter = self._setting, Cutter(self._subject.view)
-        layers = with_targets(cutter, layers, self._subject.shapes)
-        levels = levels_of(cutter, layers)
+        memory, cutter = self._setting.memory_bytes, Cutter(self._subject.view)
+        layers = [layer for layer in layers if layer.node in starts or is_behind(cutter, layer, starts)]
+        levels = levels_of(cutter, with_targets(cutter, layers, self._subject.shapes)) if layers else []
         fitted: dict[str, Fitted] = {}
-        with Store(setting.memory_bytes // 4) as store:
-            courses = self._begin(cutter, levels, store, timer)
+        stay: dict[str, Fitted] = {}
+        with Store(memory // ACTIVATIONS_SHARE) as store:
+            courses = self._begin(cutter, levels, store)
             for number, level in enumerate(levels):
                 later = _needed(cutter, levels[number + 1 :])
                 totals = {layer.behind.total for layer in level.layers}
                 _exhaust(courses.original.advance(level.nodes, later | totals))
-                for group in groups(level.layers, 1, setting.memory_bytes, True):
-                    found = self._pairs(group, courses, timer)
-                    for layer in group:
-                        with timer.of("solve"):
-                            fitted[layer.node] = self._bench.refit(
-                                layer, starts[layer.node], found.pop(layer.node), self._behind_activation
-                            )
-                        progress.step(layer.name)
+                for group in groups(level.layers, 1, memory, with_columns=True):
+                    for node, done in self._fit(group, starts, courses, progress).items():
+                        (fitted if node in starts or done.gain > WORTH else stay)[node] = done
                 if level.layers:
                     change = functools.partial(self._replaced, level.layers, fitted)
                     _exhaust(courses.compressed.advance(level.nodes, later, change=change))
                 for network in (courses.original, courses.compressed):
                     network.release(later)
-        return fitted
+        return fitted, stay
 
-    def _begin(self, cutter: Cutter, levels: Sequence[Level], store: Store, timer: Timer) -> Courses:
-        setting = self._setting
+    def _fit(
+        self, group: Sequence[Layer], starts: Mapping[str, AnyFactors], courses: Courses, progress: Progress
+    ) -> dict[str, Fitted]:
+        """Return the layers of a group."""
+        view, pairs = self._subject.view, self._pairs(group, courses)
+        places = [Place(la, starts.get(la.node) or as_dense(view, la), pairs[la.node]) for la in group]
+        with self._timer.of("solve"):
+            found = refits(self._shop.bench, places, self._shop.workers, self._behind_activation, lambda name: None)
+        for layer in group:
+            progress.step(layer.name)
+        return found
+
+    def _begin(self, cutter: Cutter, levels: Sequence[Level], store: Store) -> Courses:
+        setting, timer = self._setting, self._timer
         calls: list[Call] = []
         original = Frontier(cutter, store, setting.threads, timer)
         inputs = [name for name in _needed(cutter, levels) if cutter.is_given(name)]
@@ -173,7 +182,7 @@ class Cascade:
             original.begin(feeds(), inputs)
         return Courses(original, Frontier(cutter, store, setting.threads, timer, original), calls)
 
-    def _pairs(self, group: Sequence[Layer], courses: Courses, timer: Timer) -> dict[str, dict[str, PairStatistic]]:
+    def _pairs(self, group: Sequence[Layer], courses: Courses) -> dict[str, dict[str, PairStatistic]]:
         """Return node -> role -> what the layers of a group get and should give."""
         memory = self._setting.memory_bytes
         readings = [reading_of(self._subject.view, layer, memory) for layer in group]
@@ -185,12 +194,12 @@ class Cascade:
         networks = courses.original, courses.compressed
         for number, call in enumerate(courses.calls):
             for reading in readings:
-                with timer.of("columns"):
+                with self._timer.of("columns"):
                     uniform = self._uniform(reading, call)
                     pair = pair_of(reading, networks, number, call, uniform)
                     seed, count = self._setting.seed, len(pair.columns)
                     drawn = lots_of(self._samples, seed, call.items, count, pair.by_sample)
-                with timer.of("moments"):
+                with self._timer.of("moments"):
                     sinks[reading.layer.node, call.role].add(pair, *drawn)
         return {la.node: {role: sinks.pop((la.node, role)).statistic() for role in self._roles} for la in group}
 
@@ -201,8 +210,14 @@ class Cascade:
     def _replaced(
         self, layers: Sequence[Layer], fitted: Mapping[str, Fitted], model: onnx.ModelProto
     ) -> onnx.ModelProto:
-        factors = {layer.node: fitted[layer.node].factors for layer in layers}
+        factors = {layer.node: fitted[layer.node].factors for layer in layers if layer.node in fitted}
         return rewrite(View(model), layers, factors, self._subject.ranks).model
+
+
+def is_behind(cutter: Cutter, layer: Layer, starts: Collection[str]) -> bool:
+    """Return whether what a layer reads, or is added to, depends on one of the nodes in ``starts``."""
+    before = set(cutter.ancestors([layer.input, *_waits_for(layer)]))
+    return any(cutter.index_of(node) in before for node in starts)
 
 
 def _needed(cutter: Cutter, levels: Sequence[Level]) -> set[str]:

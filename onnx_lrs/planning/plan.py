@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from onnx_lrs.calibration.capture import Capture, Roles, groups
+from onnx_lrs.calibration.capture import Roles, groups
 from onnx_lrs.calibration.shelf import Shelf
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.config import Budget
@@ -18,8 +18,10 @@ from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import weight_count
 from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.planning.allocate import Choice, allocate
-from onnx_lrs.planning.candidates import Bench
-from onnx_lrs.planning.sensitivity import bounded, probe_of
+from onnx_lrs.planning.candidates import candidates_and_probe
+from onnx_lrs.planning.sensitivity import bounded
+from onnx_lrs.planning.shop import Shop
+from onnx_lrs.planning.workers import Task
 from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
@@ -42,8 +44,7 @@ Solved = tuple[Mapping[str, int], Plan]  # cost of each layer, and the plan
 
 def error_curves(
     subject: Subject,
-    bench: Bench,
-    capture: Capture | None,
+    shop: Shop,
     roles: Roles,
     progress: Progress,
     shelf: Shelf | None = None,
@@ -52,18 +53,21 @@ def error_curves(
 
     Statistics are captured group by group; after use they are dropped, or put on the ``shelf``.
     """
+    bench, capture = shop.bench, shop.capture
     found: dict[str, list[Candidate]] = {}
     probes: dict[str, tuple[float, AnyFactors]] = {}
     for group in groups(subject.layers, len(roles), bench.memory_bytes, bench.with_columns):
         statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
-        for layer in group:
-            own = statistics.pop(layer.node, {})
-            found[layer.node] = bench.curve(layer, own)
-            probe = probe_of(found[layer.node]) if own else None
+        questions = [bench.question(layer, statistics.get(layer.node, {})) for layer in group]
+        tasks = [Task(question.problem.d, (question,)) for question in questions]
+        answers = shop.workers.map(candidates_and_probe, tasks, shop.at_once(group, len(roles)))
+        for layer, (candidates, probe) in zip(group, answers, strict=True):
+            found[layer.node] = candidates
             if probe is not None:
-                probes[layer.node] = probe.loss, bench.fit(layer, probe, own, steps=0).factors
-            if shelf is not None and found[layer.node]:
-                shelf.put(layer.node, own)
+                loss, factors = probe
+                probes[layer.node] = loss, bench.widened(layer, factors) if bench.in_outputs(layer) else factors
+            if shelf is not None and candidates:
+                shelf.put(layer.node, statistics.pop(layer.node))
             progress.step(layer.name)
     return found, probes
 

@@ -108,6 +108,15 @@ def fit_target(problem: Problem, like: AnyFactors, known: System, response: Resp
     return with_mean(problem, assemble(problem, reduced, split, like.rank, shift=False), response.mean)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A linear fit and its error behind the activation on the checks; ``damping`` None: not a refit of its own."""
+
+    error: float
+    factors: AnyFactors
+    damping: float | None
+
+
 def refit(problem: Problem, start: AnyFactors, grid: Sequence[float] = GRID, rounds: Sequence[float] = ROUNDS) -> Refit:
     """Refit the factors to the problem's response; never worse on the checks than those it starts from.
 
@@ -118,35 +127,46 @@ def refit(problem: Problem, start: AnyFactors, grid: Sequence[float] = GRID, rou
     start : Factors, SpatialFactors or ElementFactors
         Gives form, rank and channels. Single elements keep their places and values; only the bias is fitted again.
     grid : sequence of float
-        Dampings to try; empty where the columns are those of the original network, so that the start is the best
-        linear fit.
+        Dampings to try; empty where nothing but the bias and what the activation asks for is to change.
     rounds : sequence of float
         rho of each round behind the activation; empty for a linear refit.
     """
-    checks = problem.checks or problem.columns
+    return finish(problem, [*as_it_is(problem, start), *(linear(problem, start, each) for each in grid)], rounds)
+
+
+def as_it_is(problem: Problem, start: AnyFactors) -> list[Trial]:
+    """Return the start, and the start with the bias that gives the mean response."""
     assert problem.response is not None
-    assert checks is not None
-
-    def error(factors: AnyFactors) -> float:
-        return activation_error(problem, factors, checks)
-
-    before = error(start)
-    found: list[tuple[float, AnyFactors, System | None]] = [(before, start, None)]
     centred = with_mean(problem, start, problem.response.mean)
-    found.append((error(centred), centred, None))
-    if not isinstance(start, ElementFactors):
-        for damping in grid:
-            known = system(problem, damping)
-            factors = fit_target(problem, start, known, problem.response)
-            found.append((error(factors), factors, known))
-    linear, factors, chosen = min(found, key=lambda each: each[0])
-    used = None if chosen is None else chosen.damping
-    if problem.activation == LINEAR or isinstance(start, ElementFactors) or not rounds:
-        return Refit(factors, used, (before, linear, linear))
-    chosen = chosen or system(problem, DAMPING)
-    trials = [(error(trial), trial) for trial in behind_activation(problem, factors, chosen, rounds)]
-    after, best = min([(linear, factors), *trials], key=lambda each: each[0])
-    return Refit(best, used, (before, linear, after))
+    return [Trial(_error(problem, factors), factors, None) for factors in (start, centred)]
+
+
+def linear(problem: Problem, start: AnyFactors, damping: float) -> Trial:
+    """Return the linear refit with one damping; single elements stay as they are."""
+    assert problem.response is not None
+    if isinstance(start, ElementFactors):
+        return as_it_is(problem, start)[1]
+    factors = fit_target(problem, start, system(problem, damping), problem.response)
+    return Trial(_error(problem, factors), factors, damping)
+
+
+def finish(problem: Problem, trials: Sequence[Trial], rounds: Sequence[float]) -> Refit:
+    """Choose among linear trials, the first of which is the start, and go on behind the activation."""
+    best = min(trials, key=lambda trial: trial.error)
+    if problem.activation != LINEAR and not isinstance(best.factors, ElementFactors) and rounds:
+        known = system(problem, DAMPING if best.damping is None else best.damping)
+        found = behind_activation(problem, best.factors, known, rounds)
+        later = [Trial(_error(problem, factors), factors, known.damping) for factors in found]
+        last = min([best, *later], key=lambda trial: trial.error)
+    else:
+        last = best
+    return Refit(last.factors, last.damping, (trials[0].error, best.error, last.error))
+
+
+def _error(problem: Problem, factors: AnyFactors) -> float:
+    checks = problem.checks or problem.columns
+    assert checks is not None  # a refit has columns
+    return activation_error(problem, factors, checks)
 
 
 def behind_activation(

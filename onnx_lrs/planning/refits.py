@@ -1,0 +1,79 @@
+"""Layers behind compressed ones: pairs of columns and responses -> problems -> refitted factors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from onnx_lrs.calibration.pairs import PairStatistic
+from onnx_lrs.graph.layers import Layer, affine_behind, bias_row, weight_matrix
+from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
+from onnx_lrs.planning.workers import Task, Workers
+from onnx_lrs.solvers.behind import activation_error, output_error
+from onnx_lrs.solvers.cascade import GRID, ROUNDS, Refit, as_it_is, finish, linear
+from onnx_lrs.solvers.problem import AnyFactors, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layer in the cascade: the factors it starts from, and what is known of its pairs, by role."""
+
+    layer: Layer
+    start: AnyFactors
+    pairs: Mapping[str, PairStatistic]
+
+
+def refits(
+    bench: Bench, places: Sequence[Place], workers: Workers, behind_activation: bool, done: Callable[[str], None]
+) -> dict[str, Fitted]:
+    """Return the refitted layers by node: fitted on FIT, chosen on SELECT and judged on JUDGE pairs.
+
+    ``done`` is told the name of each layer. Every damping of every layer is a solve of its own.
+    """
+    problems = [paired_problem(bench, place) for place in places]
+    asked = [(i, damping) for i in range(len(places)) for damping in GRID]
+    tasks = [Task(problems[i].d, (problems[i], places[i].start, damping)) for i, damping in asked]
+    linear_fits = workers.map(linear, tasks)
+    trials = [as_it_is(problem, place.start) for problem, place in zip(problems, places, strict=True)]
+    for (i, _), trial in zip(asked, linear_fits, strict=True):
+        trials[i].append(trial)
+    rounds = ROUNDS if behind_activation else ()
+    ends = workers.map(finish, [Task(p.d, (p, own, rounds)) for p, own in zip(problems, trials, strict=True)])
+    found = {}
+    for place, problem, end in zip(places, problems, ends, strict=True):
+        found[place.layer.node] = _fitted(bench, place, problem, end)
+        done(place.layer.name)
+    return found
+
+
+def _fitted(bench: Bench, place: Place, problem: Problem, found: Refit) -> Fitted:
+    layer, judge = place.layer, place.pairs[JUDGE].sample
+    widened = bench.widened(layer, found.factors) if bench.in_outputs(layer) else found.factors
+    error = output_error(problem, found.factors, judge)
+    before, _, after = found.errors
+    gain = 1 - after / before if before > 0 else 0.0
+    behind = activation_error(problem, found.factors, judge)
+    return Fitted(widened, error, behind, damping=found.damping, gain=gain)
+
+
+def paired_problem(bench: Bench, place: Place) -> Problem:
+    """Return the problem of a layer behind layers that are compressed; wide ones in the space of their outputs."""
+    layer, pairs, view = place.layer, place.pairs, bench.view
+    wide = bench.in_outputs(layer)
+    square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
+    return Problem(
+        np.eye(layer.out) if wide else weight_matrix(view, layer),
+        1 if wide else layer.taps,
+        pairs[FIT].moments,
+        affine=layer.affine,
+        kernel=(layer.geometry.kernel[0], layer.geometry.kernel[1]) if square and not wide else None,
+        width=layer.d if wide else None,
+        bias=bias_row(view, layer),
+        activation=layer.activation,
+        columns=pairs[FIT].sample,
+        checks=pairs[SELECT].sample,
+        response=pairs[FIT].response,
+        scale=affine_behind(view, layer)[0],
+    )
