@@ -12,6 +12,7 @@ from onnx_lrs.calibration.subject import Inputs, Subject, examine
 from onnx_lrs.config import Budget, Config
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.model import ModelSource
+from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.pipeline import Job
 from onnx_lrs.pipeline import compress as run
 from onnx_lrs.progress import Progress, Silent
@@ -86,8 +87,9 @@ def inspect(model: ModelSource, *, config: Config | None = None) -> Inspection:
         If an input has open dimensions besides the batch that ``config.shapes`` does not give.
     """
     settings = config or Config()
-    subject = examine(model, models.load(model), settings, None)
-    original = subject.original
+    original = models.load(model)
+    with scratch_for(original, None) as scratch:
+        subject = examine(model, original, settings, None, scratch)
     inputs, outputs = models.signature(original)
     return Inspection(
         input=None if not isinstance(model, str | os.PathLike) else str(model),

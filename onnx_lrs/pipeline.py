@@ -22,11 +22,13 @@ from onnx_lrs.config import Budget, Config
 from onnx_lrs.data import Samples
 from onnx_lrs.errors import BudgetError, ConfigError, OutputError, VerificationError
 from onnx_lrs.graph import model as models
+from onnx_lrs.graph import weights
 from onnx_lrs.graph.cost import macs_by_node
 from onnx_lrs.graph.forms import element_params, stored_entries
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import ModelSource, View, takes_sparse
 from onnx_lrs.graph.rewrite import Rewritten, rewrite, take_rows
+from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import (
     FIT,
     JUDGE,
@@ -47,7 +49,7 @@ from onnx_lrs.progress import Progress, Timer
 from onnx_lrs.report.environment import environment, peak_memory_bytes
 from onnx_lrs.report.result import Certificate, Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
 from onnx_lrs.runtime.latency import interleaved
-from onnx_lrs.runtime.session import Session
+from onnx_lrs.runtime.session import Session, is_mapped
 from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
 from onnx_lrs.solvers import METHODS, Settings, Solution, Status
 from onnx_lrs.solvers.closed_form import form_of
@@ -107,7 +109,8 @@ def compress(job: Job) -> Result:
             material = open_material(job.inputs, models.signature(original)[0], job.config, stack)
             outside = _external_places(job.source)
             _refuse_to_overwrite(job, outside)
-            subject = examine(job.source, original, job.config, material.samples)
+            scratch = stack.enter_context(scratch_for(original, job.output))
+            subject = examine(job.source, original, job.config, material.samples, scratch)
             _refuse_without_layers(job, subject)
         notes = _opening_notes(job, subject, material)
         for note in notes:
@@ -116,12 +119,13 @@ def compress(job: Job) -> Result:
         fitted = work.fitted
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
-            rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks)
+            rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks, scratch)
         layers = _layer_results(subject, rewritten, work, known=material.samples is not None)
         before, after, quality, provider, certificate = _judge(
             job, subject, material, (rewritten.model, work.promised), clock
         )
         after = _write(job, rewritten.model, after, bool(outside), clock)
+        model = _handed_over(job, rewritten.model)
     return Result(
         input=None if isinstance(job.source, onnx.ModelProto) else str(job.source),
         output=None if job.output is None else str(job.output),
@@ -143,8 +147,9 @@ def compress(job: Job) -> Result:
             *_closing_notes(before, after, quality),
             *_element_notes(layers),
             *_side_notes(job, material, quality, bool(outside)),
+            *_mapped_notes(subject),
         ),
-        model=rewritten.model,
+        model=model,
     )
 
 
@@ -315,7 +320,14 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
     with_columns = METHODS[config.method].needs_columns
     solver = Settings(structure=config.structure, steps=config.steps, seed=config.seed)
     bench = Bench(
-        subject.view, config.method, config.multiple, config.memory_bytes, config.threads, with_columns, solver
+        subject.view,
+        config.method,
+        config.multiple,
+        config.memory_bytes,
+        config.threads,
+        with_columns,
+        solver,
+        subject.scratch,
     )
     setting = Setting(
         config.memory_bytes, config.columns, subject.batch, config.threads, config.seed, subject.dynamic_batch
@@ -453,9 +465,10 @@ def _judge(
         check_structure(subject.original, model)
         view = View(model)
         shapes = measure_shapes(model, view, [], subject.feed, config.threads)
+        mapped = is_mapped(subject.original)  # both alike, or their latencies do not compare
         sessions = (
-            stack.enter_context(Session(subject.original, config.threads)),
-            stack.enter_context(Session(model, config.threads)),
+            stack.enter_context(Session(subject.original, config.threads, mapped)),
+            stack.enter_context(Session(model, config.threads, mapped)),
         )
         quality = None
         if material.judge is not None:
@@ -469,7 +482,9 @@ def _judge(
             certificate = _certificate(promised, sessions, material.samples, batching)
         slow, fast = interleaved(sessions, subject.feed)
     before = Totals(subject.params, sum(subject.macs.values()), subject.file_bytes, slow)
-    after = Totals(models.weight_count(model), sum(macs_by_node(view, shapes).values()), model.ByteSize(), fast)
+    after = Totals(
+        models.weight_count(model), sum(macs_by_node(view, shapes).values()), models.stored_bytes(model), fast
+    )
     _check_budget(job.config.budget, before, after)
     return before, after, quality, sessions[1].provider, certificate
 
@@ -512,6 +527,20 @@ def _write(job: Job, model: onnx.ModelProto, after: Totals, external: bool, cloc
     with clock.stage("write"):
         models.save(model, job.output, external)
     return dataclasses.replace(after, file_bytes=models.file_bytes(job.output))
+
+
+def _handed_over(job: Job, model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model for the caller, whose weights must not lie in files that go with this run."""
+    if not weights.outside_bytes(model):
+        return model
+    return weights.loaded(model) if job.output is None else models.bare(job.output)
+
+
+def _mapped_notes(subject: Subject) -> list[str]:
+    """Say under which conditions the latency of a large model was measured."""
+    if not is_mapped(subject.original):
+        return []
+    return ["Both latencies are those of weights mapped from their files; ONNX Runtime's default packs them in memory."]
 
 
 def _layer_results(subject: Subject, rewritten: Rewritten, work: Work, known: bool) -> tuple[LayerResult, ...]:

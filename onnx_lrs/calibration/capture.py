@@ -153,6 +153,8 @@ def _bytes(layer: Layer, roles: int, memory_bytes: int, with_columns: bool) -> t
     width = layer.out if is_wide(layer, memory_bytes) else layer.d
     size = 8 * width**2 * roles
     work = 8 * width**2 * (MATRICES_PER_SOLVE - roles) + 8 * WEIGHTS_PER_SOLVE * layer.params
+    if is_wide(layer, memory_bytes):
+        size += 4 * layer.params  # the weight that makes outputs of inputs during a pass
     if with_columns:
         size += 4 * layer.d * reservoir_rows(layer, memory_bytes) * roles
         work += 4 * (layer.d + ARRAYS_PER_SOLVE * layer.out) * solver_rows(layer, memory_bytes)

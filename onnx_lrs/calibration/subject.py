@@ -23,6 +23,7 @@ from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
 from onnx_lrs.graph.fold import fold_batch_norm
 from onnx_lrs.graph.layers import Layer, Skipped, find
 from onnx_lrs.graph.model import ModelSource, View
+from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
 
 RANDOM_ITEMS = 64  # how many random inputs --random-data fits on
@@ -54,7 +55,7 @@ class Subject:
 
     ``feed`` is one input at the smallest batch, ``shapes`` the tensors measured on it, ``macs`` multiply-accumulates by
     node (its first output), ``params`` the original's weights, ``file_bytes`` its size with external data, ``batch``
-    the largest number of samples in one call.
+    the largest number of samples in one call, ``scratch`` where new weights go if the model's own lie in files.
     """
 
     original: onnx.ModelProto
@@ -69,6 +70,7 @@ class Subject:
     file_bytes: int
     dynamic_batch: bool
     batch: int
+    scratch: Scratch | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -102,7 +104,13 @@ def open_material(
     return Material(samples, split, test, np.arange(len(test)), sources.open_labels(wanted.labels, test))
 
 
-def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samples: Samples | None) -> Subject:
+def examine(
+    source: ModelSource,
+    original: onnx.ModelProto,
+    config: Config,
+    samples: Samples | None,
+    scratch: Scratch | None = None,
+) -> Subject:
     """Fold, find the layers, and run the model once to learn the shapes everything runs on.
 
     Raises
@@ -116,7 +124,7 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
     """
     inputs, _ = models.signature(original)
     dynamic = all(len(spec.shape) > 0 and not isinstance(spec.shape[0], int) for spec in inputs)
-    folded, _ = fold_batch_norm(original)
+    folded, _ = fold_batch_norm(original, scratch)
     view = View(folded)
     found = find(view, config.exclude)
     _check_patterns(config, [item.name for kind in found for item in kind])
@@ -139,6 +147,7 @@ def examine(source: ModelSource, original: onnx.ModelProto, config: Config, samp
         file_bytes=original.ByteSize() if in_memory else models.file_bytes(pathlib.Path(source)),
         dynamic_batch=dynamic,
         batch=_batch(layers, shapes, feed, samples, config),
+        scratch=scratch,
     )
 
 

@@ -14,33 +14,35 @@ from numpy.typing import NDArray
 from onnx_lrs.graph.behind import is_inference_norm
 from onnx_lrs.graph.layers import read_elsewhere
 from onnx_lrs.graph.model import View, is_standard
-from onnx_lrs.graph.splice import Edit, Names, splice
+from onnx_lrs.graph.splice import Edit, Names, splice, stored_constant
+from onnx_lrs.graph.weights import Scratch
 
 
-def fold_batch_norm(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+def fold_batch_norm(model: onnx.ModelProto, scratch: Scratch | None = None) -> tuple[onnx.ModelProto, int]:
     """Return the model with every foldable BatchNormalization merged into its Conv, and how many there were.
 
-    Without any, that is the model itself, not a copy.
+    Without any, that is the model itself, not a copy. Large merged weights go to ``scratch`` if there is one.
     """
     view, names = View(model), Names(model)
     nodes: dict[str, list[gs.Node]] = {}
     for conv in view.nodes:
         norm = _foldable(view, conv)
         if norm is not None:
-            merged = _merged(view, names, conv, norm)
+            merged = _merged(view, names, (conv, norm), scratch)
             if merged is not None:
                 nodes |= {conv.outputs[0].name: [merged], norm.outputs[0].name: []}
     return splice(model, Edit(nodes)) if nodes else model, len(nodes) // 2
 
 
-def _merged(view: View, names: Names, conv: gs.Node, norm: gs.Node) -> gs.Node | None:
+def _merged(view: View, names: Names, pair: tuple[gs.Node, gs.Node], scratch: Scratch | None) -> gs.Node | None:
     """Return the Conv that does both; None if its numbers would not be finite (negative variance, NaN weight)."""
+    conv, norm = pair
     weight, bias = _folded(view, conv, norm)
     if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         return None
     operands = [
         gs.Variable(conv.inputs[0].name),
-        gs.Constant(names.fresh(f"{conv.inputs[1].name}_folded"), weight),
+        stored_constant(names.fresh(f"{conv.inputs[1].name}_folded"), weight, scratch),
         gs.Constant(names.fresh(f"{conv.outputs[0].name}_bias"), bias),
     ]
     return gs.Node("Conv", conv.name, conv.attrs, operands, [gs.Variable(norm.outputs[0].name)], domain=conv.domain)

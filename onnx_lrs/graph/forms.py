@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from onnx_lrs.graph.layers import Geometry, Layer
 from onnx_lrs.graph.model import sparse_bytes, sparse_tensor
-from onnx_lrs.graph.splice import Names, SparseConstant
+from onnx_lrs.graph.splice import Names, SparseConstant, stored_constant
+from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors
 
 Floats = NDArray[np.float64]
@@ -36,7 +37,7 @@ class Site:
 
     ``bias`` (out,) is the new bias or None; ``passed_bias`` the name of a Gemm's C that is kept as it is; ``index`` the
     positions to gather from the input's channels (None: all of them, in order); ``feature_axis`` the axis they lie on;
-    ``takes_sparse`` whether the model's format has sparse initialisers.
+    ``takes_sparse`` whether the model's format has sparse initialisers; ``scratch`` takes large new weights, or None.
     """
 
     layer: Layer
@@ -47,11 +48,12 @@ class Site:
     index: NDArray[np.int64] | None
     feature_axis: int
     takes_sparse: bool
+    scratch: Scratch | None = None
 
-    def constant(self, role: str, values: NDArray[Any], dtype: type = np.float32) -> gs.Constant:
+    def constant(self, role: str, values: NDArray[Any], dtype: type = np.float32) -> gs.Tensor:
         """Return a new initialiser of this layer."""
         name = self.names.fresh(f"{self.layer.name}.{role}")
-        return gs.Constant(name, np.ascontiguousarray(values, dtype=dtype))
+        return stored_constant(name, np.ascontiguousarray(values, dtype=dtype), self.scratch)
 
     def tensor(self, role: str) -> gs.Variable:
         """Return a new intermediate tensor of this layer."""

@@ -24,11 +24,12 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_lrs.data import TensorSpec
 from onnx_lrs.errors import ModelError, OutputError
+from onnx_lrs.graph import weights
 
 OLDEST_OPSET = 7
 INITIALISERS_NO_INPUTS = 4  # the IR version since which an initialiser need not be listed as a graph input
@@ -42,7 +43,10 @@ ModelSource = str | os.PathLike[str] | onnx.ModelProto
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
-    """Return the model with its weights in memory; a ModelProto is copied, so the caller's stays untouched.
+    """Return the model; a ModelProto is copied, so the caller's stays untouched.
+
+    Large weights that lie in external files stay there, and the model refers to them (graph/weights.py); nothing else
+    of it depends on where it came from.
 
     Raises
     ------
@@ -57,7 +61,7 @@ def load(source: ModelSource) -> onnx.ModelProto:
     else:
         path = pathlib.Path(source)
         model = _read(path)
-        _load_external_data(model, path.parent)
+        _find_external_data(model, path.parent)
     _check_usable(model)
     return model
 
@@ -100,15 +104,30 @@ def _check_usable(model: onnx.ModelProto) -> None:
         )
 
 
-def _load_external_data(model: onnx.ModelProto, folder: pathlib.Path) -> None:
+def _find_external_data(model: onnx.ModelProto, folder: pathlib.Path) -> None:
+    """Make references to large tensors absolute, and load all others."""
     try:
         _check_external_data(model, folder)
-        load_external_data_for_model(model, str(folder))
+        for tensor in weights.references(model):
+            if weights.may_stay_outside(tensor):
+                _check_as_onnx_does(tensor, folder)
+                weights.anchor(tensor, folder.resolve())
+        for tensor in all_tensors(model):
+            if weights.is_outside(tensor) and not pathlib.PurePath(ExternalDataInfo(tensor).location).is_absolute():
+                load_external_data_for_tensor(tensor, str(folder))
     except (onnx.checker.ValidationError, ValueError, OSError) as error:  # onnx also refuses links and odd offsets
         raise ModelError(
             f"The model's external data cannot be read: {error}",
             "Save the model again with its data file beside it (onnx.save with save_as_external_data=True).",
         ) from None
+
+
+def _check_as_onnx_does(tensor: TensorProto, folder: pathlib.Path) -> None:
+    """Have onnx open a data file, which refuses links, without reading anything."""
+    location = ExternalDataInfo(tensor).location
+    trial = TensorProto(name=tensor.name)
+    weights.refer(trial, location, 0, 0)
+    load_external_data_for_tensor(trial, str(folder))
 
 
 def _check_external_data(model: onnx.ModelProto, folder: pathlib.Path) -> None:
@@ -129,7 +148,7 @@ def _check_external_data(model: onnx.ModelProto, folder: pathlib.Path) -> None:
                 f"Tensor {tensor.name!r} keeps its data in {info.location!r}, which is missing from {folder}.",
                 "Put the data file beside the model.",
             )
-        needed = (info.offset or 0) + (info.length or 0)
+        needed = (info.offset or 0) + (info.length or weights.least_bytes(tensor))
         if target.stat().st_size < needed:
             raise ModelError(
                 f"{info.location!r} has {target.stat().st_size} bytes; tensor {tensor.name!r} ends at {needed}.",
@@ -169,10 +188,20 @@ def file_bytes(path: pathlib.Path) -> int:
     return path.stat().st_size + sum((path.parent / place).stat().st_size for place in external_places(path))
 
 
+def stored_bytes(model: onnx.ModelProto) -> int:
+    """Return the bytes of a model with those of its weights that lie in files."""
+    return int(model.ByteSize()) + weights.outside_bytes(model)
+
+
 def external_places(path: pathlib.Path) -> set[str]:
     """Return the names of the files in which a model keeps external data; empty if it keeps everything itself."""
-    model = onnx.load(str(path), load_external_data=False)
+    model = bare(path)
     return {ExternalDataInfo(t).location for t in all_tensors(model) if t.data_location == TensorProto.EXTERNAL}
+
+
+def bare(path: pathlib.Path) -> onnx.ModelProto:
+    """Return a model as its file has it: external data stays outside, located relative to the file's folder."""
+    return onnx.load(str(path), load_external_data=False)
 
 
 def external_name(path: pathlib.Path) -> str:
@@ -183,14 +212,15 @@ def external_name(path: pathlib.Path) -> str:
 def save(model: onnx.ModelProto, path: pathlib.Path, external: bool) -> None:
     """Write the model atomically: into a temporary folder beside the target, then moved into place.
 
-    ``external`` (or a size beyond protobuf's 2 GB) puts weights into ``<name>.data`` beside the file.
+    ``external`` (or weights that lie outside, or a size beyond protobuf's 2 GB) puts weights into ``<name>.data``
+    beside the file. Weights that lie in other files are copied from there in chunks.
 
     Raises
     ------
     OutputError
         If the folder is missing or a write fails (disk full, no permission); files that were there stay whole.
     """
-    external = external or model.ByteSize() > PROTOBUF_LIMIT
+    external = external or any(True for _ in weights.references(model)) or model.ByteSize() > PROTOBUF_LIMIT
     path = path.resolve()  # write through a link, not over it
     if path.is_dir():
         raise OutputError(f"The output {path} is a folder.", "Give a file name, for example small.onnx.")
@@ -211,11 +241,9 @@ def save(model: onnx.ModelProto, path: pathlib.Path, external: bool) -> None:
 
 def _write(model: onnx.ModelProto, path: pathlib.Path, external: bool) -> None:
     if external:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        onnx.save_model(copy, str(path), save_as_external_data=True, location=external_name(path), size_threshold=1024)
-    else:
-        path.write_bytes(model.SerializeToString(deterministic=True))
+        with path.with_name(external_name(path)).open("wb") as data:
+            model = weights.written(model, data, external_name(path))
+    path.write_bytes(model.SerializeToString(deterministic=True))
     for written in path.parent.iterdir():
         with written.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -435,6 +463,8 @@ def _loaded(stored: TensorProto | onnx.AttributeProto) -> NDArray[Any]:
     value = stored if isinstance(stored, TensorProto) else onnx.helper.get_attribute_value(stored)
     if not isinstance(value, TensorProto):
         return np.asarray(value, np.float32 if stored.name.startswith("value_float") else np.int64)
+    if weights.is_outside(value):
+        return weights.read(value)
     try:
         return numpy_helper.to_array(value)
     except ValueError:

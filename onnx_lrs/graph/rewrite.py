@@ -20,6 +20,7 @@ from onnx_lrs.graph.forms import Site, build, feature_axis
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, is_standard, takes_sparse
 from onnx_lrs.graph.splice import Edit, Names, splice
+from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors
 
 ELEMENTWISE = {
@@ -39,7 +40,11 @@ class Rewritten:
 
 
 def rewrite(
-    view: View, layers: Sequence[Layer], factors: Mapping[str, AnyFactors], ranks: Mapping[str, int]
+    view: View,
+    layers: Sequence[Layer],
+    factors: Mapping[str, AnyFactors],
+    ranks: Mapping[str, int],
+    scratch: Scratch | None = None,
 ) -> Rewritten:
     """Return the model with the given layers factorised.
 
@@ -53,6 +58,8 @@ def rewrite(
         What replaces a layer; a layer that is missing stays as it is.
     ranks : mapping of tensor name to int
         Number of dimensions of each layer's input.
+    scratch : Scratch, optional
+        Where large new weights go; without it they are in memory.
 
     Raises
     ------
@@ -71,6 +78,7 @@ def rewrite(
         rows = alive.get(layer.node)
         source = _source_rows(view, layer, alive)
         site = _site(view, names, layer, used, (rows, source), feature_axis(layer, ranks))
+        site = dataclasses.replace(site, scratch=scratch)
         nodes[layer.node] = build(site, used if rows is None else take_rows(used, rows))
         if layer.bias_add is not None and site.bias is not None:
             nodes[layer.bias_add] = [_new_add(view, layer, names, site.bias)]

@@ -13,12 +13,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx.helper import make_tensor_value_info
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnx_lrs.graph.model import INITIALISERS_NO_INPUTS, array_tensor, is_standard
+from onnx_lrs.graph.weights import SMALLEST_OUTSIDE, Scratch
 
 CONSTANT_OPS = ("Constant", "Identity", "Transpose")
-Created = NDArray[Any] | onnx.SparseTensorProto
+Created = NDArray[Any] | onnx.TensorProto | onnx.SparseTensorProto
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,14 @@ class SparseConstant(gs.Variable):  # type: ignore[misc]
         self.stored = onnx.SparseTensorProto()
         self.stored.CopyFrom(stored)
         self.stored.values.name = name
+
+
+class OutsideConstant(gs.Variable):  # type: ignore[misc]
+    """A new initialiser whose values lie in a file, as an operand of new nodes."""
+
+    def __init__(self, stored: onnx.TensorProto) -> None:
+        super().__init__(stored.name, dtype=np.float32, shape=tuple(stored.dims))
+        self.stored = stored
 
 
 class Names:
@@ -74,6 +84,13 @@ def _subgraphs(node: onnx.NodeProto) -> Iterable[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+def stored_constant(name: str, values: NDArray[Any], scratch: Scratch | None) -> gs.Tensor:
+    """Return a new initialiser: in memory, or in the scratch file if there is one and the values are many."""
+    if scratch is None or values.nbytes < SMALLEST_OUTSIDE:
+        return gs.Constant(name, values)
+    return OutsideConstant(scratch.tensor(name, values))
+
+
 def splice(model: onnx.ModelProto, edit: Edit) -> onnx.ModelProto:
     """Return a copy of the model with the edit applied and what became unused by it removed."""
     nodes: list[onnx.NodeProto] = []
@@ -86,7 +103,7 @@ def splice(model: onnx.ModelProto, edit: Edit) -> onnx.ModelProto:
         for made in edit.nodes[key]:
             nodes.append(OnnxExporter.export_node(made))
             created |= {t.name: t.values for t in made.inputs if isinstance(t, gs.Constant)}
-            created |= {t.name: t.stored for t in made.inputs if isinstance(t, SparseConstant)}
+            created |= {t.name: t.stored for t in made.inputs if isinstance(t, OutsideConstant | SparseConstant)}
     needed_before = _needed(model.graph, model.graph.node)
     nodes = _without_dead_constants(model.graph, nodes, needed_before)
     return _rebuilt(model, nodes, created, needed_before, edit.reshaped)
@@ -144,19 +161,18 @@ def _rebuilt(
     new.graph.CopyFrom(_shell(old, {"node", "initializer", "value_info", "input"}))
     new.graph.node.extend(nodes)
     new.graph.initializer.extend(t for t in old.initializer if t.name not in gone)
-    dense = {name: values for name, values in created.items() if isinstance(values, np.ndarray)}
-    new.graph.initializer.extend(array_tensor(values, name) for name, values in dense.items())
+    dense = [_dense(name, made) for name, made in created.items() if not isinstance(made, onnx.SparseTensorProto)]
+    new.graph.initializer.extend(dense)
     new.graph.sparse_initializer.extend(v for v in created.values() if isinstance(v, onnx.SparseTensorProto))
     new.graph.value_info.extend(v for v in old.value_info if v.name not in untrue)
     new.graph.input.extend(v for v in old.input if v.name not in gone)
     if model.ir_version < INITIALISERS_NO_INPUTS:
-        new.graph.input.extend(_as_input(name, values) for name, values in dense.items())
+        new.graph.input.extend(make_tensor_value_info(t.name, t.data_type, t.dims) for t in dense)
     return new
 
 
-def _as_input(name: str, values: NDArray[Any]) -> onnx.ValueInfoProto:
-    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, values.shape)
+def _dense(name: str, made: NDArray[Any] | onnx.TensorProto) -> onnx.TensorProto:
+    return made if isinstance(made, onnx.TensorProto) else array_tensor(made, name)
 
 
 def _shell(message: Any, skip: set[str]) -> Any:

@@ -6,18 +6,20 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Statistic, has_few_columns, is_wide
 from onnx_lrs.graph.forms import is_in_parts, stored_entries
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
+from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.planning.sensitivity import probe_of
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
 from onnx_lrs.solvers.blas import threads_for
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, judged
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
 
 LOW_RANK = ("lrs", "hsvd", "svd", "admm", "greedy")  # methods that low rank alone may stand in for
@@ -97,7 +99,8 @@ def solution_within(question: Question, gain: float) -> Solution | None:
 class Bench:
     """Turns layers into problems: the model they come from and the settings that matter.
 
-    ``with_columns`` says whether the method needs sampled columns besides the moments.
+    ``with_columns`` says whether the method needs sampled columns besides the moments. With ``scratch`` the factors
+    lie in its file, since all layers' together may be half of the model.
     """
 
     view: View
@@ -107,6 +110,7 @@ class Bench:
     threads: int
     with_columns: bool = False
     settings: Settings = dataclasses.field(default_factory=Settings)
+    scratch: Scratch | None = None
 
     def question(self, layer: Layer, statistics: Mapping[str, Statistic]) -> Question:
         """Return the layer as its solver sees it, fitted on the FIT and judged on the SELECT statistics."""
@@ -183,7 +187,9 @@ class Bench:
         scale = None
         if guaranteed and seen.columns is not None:
             scale = response_norm(seen, seen.columns)
-        return Fitted(widened, error, behind, solution.status, solution.allowed, solution.error, scale)
+        return Fitted(
+            _kept(widened, self.scratch), error, behind, solution.status, solution.allowed, solution.error, scale
+        )
 
     def in_outputs(self, layer: Layer) -> bool:
         """Return whether the layer is solved in the space of its outputs: ``W x ~ U U^T (W x)``."""
@@ -233,3 +239,17 @@ class Bench:
         assert isinstance(factors, Factors)
         right = factors.right.astype(np.float32) @ weight_matrix(self.view, layer, np.float32)
         return dataclasses.replace(factors, right=right.astype(np.float64), taps=layer.taps)
+
+
+def _kept(factors: AnyFactors, scratch: Scratch | None) -> AnyFactors:
+    """Return the same factors, their large arrays mapped from the scratch file."""
+    if scratch is None:
+        return factors
+    left, right = scratch.keep(factors.left), scratch.keep(factors.right)
+    if isinstance(factors, SpatialFactors):
+        return dataclasses.replace(factors, left=left, right=right)
+    if isinstance(factors, Factors):
+        return dataclasses.replace(factors, left=left, right=right, sparse=scratch.keep(factors.sparse))
+    s = factors.sparse
+    parts = scratch.keep(s.data), scratch.keep(s.indices), scratch.keep(s.indptr)
+    return dataclasses.replace(factors, left=left, right=right, sparse=scipy.sparse.csr_array(parts, shape=s.shape))

@@ -140,9 +140,10 @@ class _Report:
 class Result(_Report):
     """The outcome of :func:`onnx_lrs.compress`.
 
-    ``model`` is the compressed ModelProto and is not part of the JSON. ``quality`` is None without data. ``notes`` are
-    the plain sentences that the console shows as well. ``certificate`` is None without guarantees, or where they do not
-    add up to one (a note says why).
+    ``model`` is the compressed ModelProto and is not part of the JSON; large weights that lie in the output's data file
+    are not in it, it refers to them as the file does. ``quality`` is None without data. ``notes`` are the plain
+    sentences that the console shows as well. ``certificate`` is None without guarantees, or where they do not add up to
+    one (a note says why).
     """
 
     input: str | None

@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 
 from onnx_lrs.errors import ModelError, RuntimeEnvironmentError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, save
+from onnx_lrs.graph.weights import below, common_folder, outside_bytes
 from onnx_lrs.native import STDERR, redirected
 
 CPU = "CPUExecutionProvider"
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
+# Measured on 1.31.1: absolute locations and links out of the model's folder are refused, buffers given for files or
+# initialisers are copied, and locations below this folder are mapped.
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+MOST_COPIED = 2**28  # bytes of weights in files that a session may hold a second time for the sake of speed
 Feed = dict[str, NDArray[Any]]
 
 
@@ -52,10 +57,17 @@ def installed_wheels() -> list[str]:
     return [name for name in known if any(True for _ in importlib.metadata.distributions(name=name))]
 
 
+def is_mapped(model: onnx.ModelProto) -> bool:
+    """Return whether a session runs the model from weights that are mapped from their files and copied nowhere."""
+    return outside_bytes(model) > MOST_COPIED
+
+
 class Session:
     """One model ready to run on the CPU provider with a fixed number of threads.
 
-    Use as a context manager: a model beyond protobuf's limit lives in a temporary folder until it is closed.
+    Use as a context manager: a model beyond protobuf's limit lives in a temporary folder until it is closed. Weights in
+    files are mapped, not read. ONNX Runtime copies them all the same where it packs them for its kernels, changes their
+    layout or folds constants; a ``mapped`` session (default: by :func:`is_mapped`) does none of that.
 
     Raises
     ------
@@ -63,23 +75,33 @@ class Session:
         If ONNX Runtime cannot load the model.
     """
 
-    def __init__(self, model: onnx.ModelProto, threads: int) -> None:
+    def __init__(self, model: onnx.ModelProto, threads: int, mapped: bool | None = None) -> None:
         ort = runtime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = ERRORS_ONLY
+        without: list[str] = []
+        if is_mapped(model) if mapped is None else mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+            without = ["ConstantFolding"]
         self._folder = contextlib.ExitStack()
         try:
-            self._session = ort.InferenceSession(self._loadable(model), options, providers=[CPU])
+            content = self._loadable(model, options)
+            self._session = ort.InferenceSession(content, options, providers=[CPU], disabled_optimizers=without)
         except Exception as error:
             self._folder.close()
             raise ModelError(f"ONNX Runtime cannot load the model: {_short(error)}") from error
         self.provider: str = self._session.get_providers()[0]
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
 
-    def _loadable(self, model: onnx.ModelProto) -> bytes | str:
-        if model.ByteSize() < PROTOBUF_LIMIT:
+    def _loadable(self, model: onnx.ModelProto, options: Any) -> bytes | str:
+        root = common_folder(model)
+        if model.ByteSize() < PROTOBUF_LIMIT and root is not None:
+            options.add_session_config_entry(EXTERNAL_FOLDER, str(root))
+            return bytes(below(model, root).SerializeToString())
+        if model.ByteSize() < PROTOBUF_LIMIT and not outside_bytes(model):
             return bytes(model.SerializeToString())
         folder = pathlib.Path(self._folder.enter_context(tempfile.TemporaryDirectory(prefix="onnx-lrs-")))
         save(model, folder / "model.onnx", external=True)
