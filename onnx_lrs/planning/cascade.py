@@ -81,7 +81,8 @@ def with_targets(cutter: Cutter, layers: Sequence[Layer], shapes: Mapping[str, t
         )
     ]
     _, heights = cutter.levels({la.node: [] for la in layers}, [la.behind.total for la in layers])
-    order = {la.node: (height, place) for place, (la, height) in enumerate(zip(layers, heights, strict=True))}
+    ways = [len(cutter.ancestors([la.input])) for la in layers]  # of equally deep ones the longer way, dense layers too
+    order = {la.node: key for la, *key in zip(layers, heights, ways, range(len(layers)), strict=True)}
     deepest = {_summands(layer): layer.node for layer in sorted(same, key=lambda la: order[la.node])}
     kept = {la.node for la in same if la.behind.shortcut is None or deepest[_summands(la)] == la.node}
     return [la if la.node in kept else alone[la.node] for la in layers]
