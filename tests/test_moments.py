@@ -181,3 +181,68 @@ def test_the_metric_is_centred_only_when_a_bias_absorbs_the_mean():
     m = direct(x)
     np.testing.assert_allclose(m.second(affine=True), np.cov(x, rowvar=False, bias=True), rtol=1e-10)
     np.testing.assert_allclose(m.second(affine=False), x.T @ x / len(x), rtol=1e-10)
+
+
+# ---------------------------------------------------------------- pairs of columns and responses
+
+
+def paired(x, y, sizes):
+    sums = Accumulator(x.shape[1], y.shape[1])
+    for columns, responses in zip(np.split(x, np.cumsum(sizes)[:-1]), np.split(y, np.cumsum(sizes)[:-1]), strict=True):
+        sums.add(columns, responses)
+    return sums.paired()
+
+
+def assert_paired(found, x, y):
+    moments, mean, cross = found
+    assert_close_to_direct(moments, x)
+    exact_x, exact_y = direct(x), direct(y)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    spreads = [np.sqrt(np.diagonal(m.cov)) for m in (exact_y, exact_x)]
+    ulps = [np.spacing(np.abs(m.mean).astype(np.float32)).astype(np.float64) for m in (exact_y, exact_x)]
+    np.testing.assert_allclose(mean, exact_y.mean, rtol=1e-9, atol=1e-7 * (spreads[0].max() + 1e-12))
+    exact = (y - exact_y.mean).T @ (x - exact_x.mean) / len(x)
+    bound = PRECISION * np.outer(*spreads) + np.outer(*ulps) + 1e-30
+    np.testing.assert_array_less(np.abs(cross - exact), bound)
+    assert (mean.dtype, cross.dtype) == (np.float64, np.float64)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(0, 1500), min_size=1, max_size=6).filter(sum),
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    levels=st.tuples(st.sampled_from([0.0, 1e3]), st.sampled_from([0.0, -1e3])),
+    seed=st.integers(0, 99),
+)
+def test_the_covariance_of_pairs_in_any_chunks(sizes, shape, levels, seed):
+    rng = np.random.default_rng(seed)
+    x = sample(rng, sum(sizes), shape[0], levels[0])
+    y = (x @ rng.standard_normal(shape) + sample(rng, sum(sizes), shape[1], levels[1])).astype(np.float32)
+    assert_paired(paired(x, y, sizes), x, y)
+
+
+def test_pairs_whose_means_are_large_and_drift():
+    """Each flush is centred on its own means; E[y x] - E[y] E[x] in float32 would be off by 6 here."""
+    rng = np.random.default_rng(12)
+    sizes = (FLUSH_ROWS, FLUSH_ROWS + 5, 17)
+    x = np.concatenate([sample(rng, n, 4, level) for n, level in zip(sizes, (1e4, 1.001e4, 0.998e4), strict=True)])
+    y = np.concatenate([sample(rng, n, 3, level) for n, level in zip(sizes, (-5e3, -4.9e3, -5.2e3), strict=True)])
+    assert_paired(paired(x, y, sizes), x, y)
+
+
+def test_linear_responses_have_the_cross_covariance_of_the_weight():
+    rng = np.random.default_rng(13)
+    x, weight, bias = sample(rng, 5000, 6, 3.0), rng.standard_normal((4, 6)), rng.standard_normal(4)
+    moments, mean, cross = paired(x, (x @ weight.T + bias).astype(np.float32), [5000])
+    np.testing.assert_allclose(cross, weight @ moments.cov, atol=1e-5)
+    np.testing.assert_allclose(mean, weight @ moments.mean + bias, atol=1e-5)
+
+
+def test_responses_change_no_bit_of_the_moments():
+    rng = np.random.default_rng(14)
+    x, y = sample(rng, 5000, 6, 3.0), sample(rng, 5000, 2)
+    found = paired(x, y, [2500, 2500])[0]
+    np.testing.assert_array_equal(found.cov, streamed(x, [2500, 2500]).cov)
+    np.testing.assert_array_equal(found.mean, streamed(x, [2500, 2500]).mean)
+    with pytest.raises(ValueError, match="no columns"):
+        Accumulator(3, 2).paired()

@@ -15,6 +15,7 @@ from onnx_lrs.graph.layers import find
 from onnx_lrs.graph.model import View
 from onnx_lrs.planning.allocate import Choice, allocate
 from onnx_lrs.planning.plan import _tempered
+from tests.builders import make, node, normal
 
 
 def model_of(nodes, weights, shape, output="y"):
@@ -127,3 +128,18 @@ def test_the_output_is_written_through_a_link(tmp_path):
     onnx_lrs.compress(valid_convs(), tmp_path / "link.onnx", budget=Budget(params=0.9))
     assert (tmp_path / "link.onnx").is_symlink()
     assert onnx.load(tmp_path / "real.onnx").graph.node
+
+
+def test_a_bias_that_several_layers_share_is_counted_once_for_each_that_gets_its_own():
+    """Exporters store equal biases once; a layer that is compressed gets a new one, and the old one stays."""
+    constants = {f"w{i}": normal(40, 40, seed=i) for i in range(3)} | {"b": normal(40)}
+    nodes = [
+        node("Gemm", ["x", "w0", "b"], ["a"], "one"),
+        node("Gemm", ["a", "w1", "b"], ["c"], "two"),
+        node("Gemm", ["c", "w2", "b"], ["y"], "three"),
+    ]
+    model = make(nodes, {"x": ("N", 40)}, {"y": ("N", 40)}, constants)
+    for params in (0.3, 0.5, 0.7, 0.9):
+        config = Config(budget=Budget(params=params), threads=1, multiple=1)
+        done = onnx_lrs.compress(model, data={"x": normal(100, 40)}, config=config)
+        assert done.after.params <= params * done.before.params

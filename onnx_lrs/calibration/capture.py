@@ -194,7 +194,7 @@ class Capture:
         timer: Timer | None = None,
     ) -> None:
         self._view = View(model)
-        self._cutter = Cutter(self._view)
+        self._cutter = Cutter(self._view, _inputs(layers))
         self._layers = layers
         self._samples = samples
         self._setting = setting

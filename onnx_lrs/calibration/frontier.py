@@ -50,10 +50,13 @@ class Frontier:
         self.count: int = 0 if base is None else base.count
 
     def begin(self, feeds: Iterator[Feed], inputs: Collection[str]) -> None:
-        """Take in the graph inputs that are read anywhere, call by call."""
+        """Take in the graph inputs that are read anywhere, call by call; those not in a feed have defaults."""
+        defaults: Feed = {}
         for feed in feeds:
             for name in inputs:
-                self._store.put(self._key(name), self.count, feed[name])
+                if name not in feed and name not in defaults:
+                    defaults[name] = self._cutter.default(name)
+                self._store.put(self._key(name), self.count, feed[name] if name in feed else defaults[name])
             self.count += 1
 
     def _key(self, name: str) -> tuple[int, str]:

@@ -69,11 +69,13 @@ def pair_of(
     by_sample = is_by_sample(layer, values, len(uniform))
     found = columns(layer, values, uniform)
     check_finite(layer, found, call)
-    total = responses(layer, original.value(layer.behind.total, number), uniform, by_sample)
+    whole = original.value(layer.behind.total, number)
+    total = responses(layer, whole, uniform, by_sample)
     scale, shift, shortcut_scale = reading.affine
     offset = None
     if layer.behind.shortcut is not None:
-        offset = responses(layer, compressed.value(layer.behind.shortcut, number), uniform, by_sample)
+        added = np.broadcast_to(compressed.value(layer.behind.shortcut, number), whole.shape)  # one for all samples?
+        offset = responses(layer, added, uniform, by_sample)
         offset = offset if shortcut_scale is None else offset * shortcut_scale.astype(np.float32)
     if shift is not None:
         row = shift.astype(np.float32)

@@ -6,6 +6,7 @@ A file without a name is gone with the process, however that ends.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Hashable
 from typing import IO, Any
@@ -18,12 +19,25 @@ from onnx_lrs.errors import OutputError
 Key = Hashable
 
 
+@dataclasses.dataclass(frozen=True)
+class _Spilled:
+    """Where an array lies in its file. It is mapped when it is asked for: every mapping holds a file descriptor."""
+
+    file: IO[bytes]
+    place: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def mapped(self) -> NDArray[Any]:
+        return np.memmap(self.file, self.dtype, "r", self.place, self.shape)
+
+
 class Store:
     """Arrays by name and number; those of one name are dropped together. Close it, or use it as a context manager."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._room = limit_bytes
-        self._held: dict[Key, dict[int, NDArray[Any]]] = {}
+        self._held: dict[Key, dict[int, NDArray[Any] | _Spilled]] = {}
         self._files: dict[Key, IO[bytes]] = {}
         self.spilled_bytes = 0
 
@@ -36,31 +50,34 @@ class Store:
             If it has to go to disk and the disk is full.
         """
         held = self._held.setdefault(name, {})
-        if values.nbytes <= self._room:
+        if values.nbytes <= self._room or values.dtype.hasobject:  # what is no numbers cannot be mapped
             self._room -= values.nbytes
             held[number] = values
         else:
             held[number] = self._on_disk(name, values)
 
-    def _on_disk(self, name: Key, values: NDArray[Any]) -> NDArray[Any]:
+    def _on_disk(self, name: Key, values: NDArray[Any]) -> _Spilled:
         try:
             if name not in self._files:
-                self._files[name] = tempfile.TemporaryFile(prefix="onnx-lrs-")  # noqa: SIM115 - dropped by name
+                # unbuffered: what a full disk refuses fails here, and nothing is left to be written on close
+                self._files[name] = tempfile.TemporaryFile(prefix="onnx-lrs-", buffering=0)  # noqa: SIM115
             file = self._files[name]
             place = file.seek(0, 2)
-            np.ascontiguousarray(values).tofile(file)
-            file.flush()
+            rest = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError as error:
             raise OutputError(
                 f"Activations could not be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
                 "Free space there, point TMPDIR elsewhere, or allow more --memory.",
             ) from None
         self.spilled_bytes += values.nbytes
-        return np.memmap(file, values.dtype, "r", place, values.shape)
+        return _Spilled(file, place, values.dtype, values.shape)
 
     def get(self, name: Key, number: int) -> NDArray[Any]:
         """Return an array that was put; treat it as read-only."""
-        return self._held[name][number]
+        values = self._held[name][number]
+        return values.mapped() if isinstance(values, _Spilled) else values
 
     def __contains__(self, name: Key) -> bool:
         return name in self._held
@@ -72,7 +89,7 @@ class Store:
     def drop(self, name: Key) -> None:
         """Forget the arrays of a name, if there are any."""
         for values in self._held.pop(name, {}).values():
-            if not isinstance(values, np.memmap):
+            if not isinstance(values, _Spilled):
                 self._room += values.nbytes
         with contextlib.suppress(KeyError):
             self._files.pop(name).close()

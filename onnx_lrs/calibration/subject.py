@@ -21,7 +21,7 @@ from onnx_lrs.errors import ConfigError, ModelError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
 from onnx_lrs.graph.fold import fold_batch_norm
-from onnx_lrs.graph.layers import Layer, Skipped, find
+from onnx_lrs.graph.layers import Layer, Skipped, find, tensors_around
 from onnx_lrs.graph.model import ModelSource, View
 from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
@@ -130,8 +130,7 @@ def examine(
     _check_patterns(config, [item.name for kind in found for item in kind])
     layers, skipped = _that_fit(*found, config.memory_bytes)
     feed = _probe_feed(config, inputs, samples, dynamic)
-    around = [name for la in layers for name in (la.input, la.output, la.behind.total, la.behind.shortcut) if name]
-    shapes = measure_shapes(folded, view, around, feed, config.threads)
+    shapes = measure_shapes(folded, view, sorted(tensors_around(layers)), feed, config.threads)
     in_memory = isinstance(source, onnx.ModelProto)
     dynamic = dynamic and samples is not None and _batches(folded, samples, config.threads)
     return Subject(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -363,6 +363,12 @@ def _bias(view: View, node: gs.Node, out: int) -> tuple[str | None, bool]:
 
 def _is_row(values: NDArray[Any], out: int) -> bool:
     return values.size == out and values.shape[-1:] == (out,) and values.dtype == np.float32
+
+
+def tensors_around(layers: Iterable[Layer]) -> set[str]:
+    """Return the computed tensors that layers are fitted to: inputs, shortcuts, and what their activations see."""
+    names = {name for la in layers for name in (la.input, la.output, la.behind.total, la.behind.shortcut)}
+    return {name for name in names if name}
 
 
 def weight_matrix(view: View, layer: Layer, dtype: type[np.floating[Any]] = np.float64) -> NDArray[Any]:

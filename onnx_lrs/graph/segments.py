@@ -1,6 +1,7 @@
 """Cut a model into parts that run one after the other: which nodes, what they read, and the part as a model.
 
-What is computed from constants alone belongs to no part; its nodes are repeated in every part that reads it.
+What is computed from constants alone belongs to no part; its nodes are repeated in every part that reads it. Tensors
+that somebody wants to see are an exception: they and what follows from them are computed like those of any input.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from onnx_lrs.graph.model import INITIALISERS_NO_INPUTS, View
 from onnx_lrs.graph.splice import outer_reads
 
 RANDOM = ("RandomNormal", "RandomUniform")  # operators without inputs whose value is no constant
+SHAPES = ("Shape", "Size")  # operators that see no value of what they read
 
 
 class Cutter:
-    """Knows who reads what in a model's main graph; nodes are named by their place in it."""
+    """Knows who reads what in a model's main graph; nodes are named by their place in it.
 
-    def __init__(self, view: View) -> None:
+    ``seen`` are tensors that have to be known even where they are computed from constants alone.
+    """
+
+    def __init__(self, view: View, seen: Collection[str] = ()) -> None:
         self.view = view
         graph = view.model.graph
         self._nodes = list(graph.node)
@@ -27,13 +32,14 @@ class Cutter:
         self._reads = [outer_reads(node) for node in self._nodes]
         self._stored = {t.name: t for t in graph.initializer}
         self._sparse = {t.values.name: t for t in graph.sparse_initializer}
-        self._constant = self._computed_at_load()
+        self._constant = self._computed_at_load(seen)
 
-    def _computed_at_load(self) -> set[int]:
+    def _computed_at_load(self, seen: Collection[str]) -> set[int]:
         found: set[int] = set()
         for index, node in enumerate(self._nodes):  # ONNX keeps nodes in topological order
             sources = [self._makers.get(name) for name in self._reads[index] if not self._is_stored(name)]
-            if all(s is not None and s in found for s in sources) and node.op_type not in RANDOM:
+            wanted = node.op_type in RANDOM or not set(node.output).isdisjoint(seen)
+            if all(s is not None and s in found for s in sources) and not wanted:
                 found.add(index)
         return found
 
@@ -47,6 +53,10 @@ class Cutter:
     def is_given(self, tensor: str) -> bool:
         """Return whether a tensor is made by no node: an input of the graph."""
         return tensor not in self._makers
+
+    def default(self, tensor: str) -> np.ndarray:
+        """Return the stored value of an input that callers need not give."""
+        return onnx.numpy_helper.to_array(self._stored[tensor])
 
     def reads(self, nodes: Iterable[int]) -> set[str]:
         """Return the computed tensors that some nodes read, those made by themselves included."""
@@ -68,6 +78,22 @@ class Cutter:
             found.add(node)
             waiting += [self._makers[name] for name in self._reads[node] if name in self._makers]
         return sorted(found)
+
+    def follows_samples(self, tensor: str) -> bool:
+        """Return whether a tensor depends on the values of an input, and not on constants and shapes alone."""
+        done: set[str] = set()
+        waiting = [tensor]
+        while waiting:
+            name = waiting.pop()
+            if name in done or self._is_stored(name):
+                continue
+            done.add(name)
+            if name not in self._makers:
+                return True
+            node = self._makers[name]
+            if self._nodes[node].op_type not in SHAPES:
+                waiting += self._reads[node]
+        return False
 
     def levels(self, starts: Mapping[str, Sequence[str]], wanted: Iterable[str]) -> tuple[list[list[int]], list[int]]:
         """Divide the nodes that lead to the ``wanted`` tensors into levels, each of which some layers begin.

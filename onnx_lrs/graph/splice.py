@@ -120,11 +120,19 @@ def _needed(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> set[str]
 
 
 def outer_reads(node: onnx.NodeProto) -> set[str]:
-    """Return every tensor name that a node or its subgraphs read; what a subgraph makes itself included: harmless."""
+    """Return every tensor name that a node reads, or that its subgraphs read from outside of them."""
     names = {name for name in node.input if name}
     for sub in _subgraphs(node):
-        names |= _needed(sub, sub.node)
+        names |= _captured(sub)
     return names
+
+
+def _captured(graph: onnx.GraphProto) -> set[str]:
+    """Return the names that a subgraph takes from the graphs around it."""
+    own = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    own |= {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    read = {value.name for value in graph.output}
+    return read.union(*map(outer_reads, graph.node)) - own
 
 
 def _without_dead_constants(

@@ -183,13 +183,12 @@ class Bench:
             error = judged(problem.weight, factors, judge.moments, layer.affine)
         if judge is not None and judge.columns is not None:
             behind = activation_error(seen, factors, without_offset(judge.columns) if guaranteed else judge.columns)
-        widened = self.widened(layer, factors) if self.in_outputs(layer) else factors
+        widened = self.of_layer(layer, factors)
         scale = None
         if guaranteed and seen.columns is not None:
             scale = response_norm(seen, seen.columns)
-        return Fitted(
-            _kept(widened, self.scratch), error, behind, solution.status, solution.allowed, solution.error, scale
-        )
+        ended = solution.status, solution.allowed, solution.error
+        return Fitted(widened, error, behind, *ended, scale)
 
     def in_outputs(self, layer: Layer) -> bool:
         """Return whether the layer is solved in the space of its outputs: ``W x ~ U U^T (W x)``."""
@@ -233,6 +232,11 @@ class Bench:
             block = weight[:, start : start + BLOCK].astype(np.float64)
             gram += block @ block.T
         return gram
+
+    def of_layer(self, layer: Layer, factors: AnyFactors) -> AnyFactors:
+        """Return a solution as factors of the layer, mapped from the scratch file where there is one."""
+        widened = self.widened(layer, factors) if self.in_outputs(layer) else factors
+        return _kept(widened, self.scratch)
 
     def widened(self, layer: Layer, factors: AnyFactors) -> Factors:
         """Return factors of W from factors of the identity on its outputs."""

@@ -30,7 +30,7 @@ from onnx_lrs.calibration.store import Store
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.data import Samples, Split
 from onnx_lrs.graph.behind import Behind
-from onnx_lrs.graph.layers import Layer
+from onnx_lrs.graph.layers import Layer, tensors_around
 from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import as_dense, rewrite
 from onnx_lrs.graph.segments import Cutter
@@ -71,23 +71,31 @@ def _waits_for(layer: Layer) -> list[str]:
 def with_targets(cutter: Cutter, layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
     """Return the layers with a shortcut only where one can be made up for.
 
-    Of two layers that are added to each other the deeper one does it, and a sum that broadcasts is no sum of equals.
-    Without its shortcut a layer is fitted to its own output.
+    Of two layers that are added to each other the deeper one does it, and a sum that broadcasts the layer's output is
+    no sum of equals. Without its shortcut a layer is fitted to its own output.
     """
     alone = {layer.node: _by_itself(layer) for layer in layers}
     same = [
         la
         for la in layers
         if la.behind.shortcut is None
-        or shapes.get(la.behind.total) == shapes.get(la.output) == shapes.get(la.behind.shortcut)
+        or (
+            shapes.get(la.behind.total) == shapes.get(la.output) == shapes.get(la.behind.shortcut)
+            and cutter.follows_samples(la.input)  # else one output serves all samples of a call
+        )
     ]
     _, heights = cutter.levels({la.node: [] for la in layers}, [la.behind.total for la in layers])
-    order = {la.node: (height, place) for place, (la, height) in enumerate(zip(layers, heights, strict=True))}
-    deepest: dict[str, str] = {}
-    for layer in sorted(same, key=lambda la: order[la.node]):
-        deepest[layer.behind.total] = layer.node
-    kept = {la.node for la in same if la.behind.shortcut is None or deepest[la.behind.total] == la.node}
+    ways = [len(cutter.ancestors([la.input])) for la in layers]  # of equally deep ones the longer way, dense layers too
+    order = {la.node: key for la, *key in zip(layers, heights, ways, range(len(layers)), strict=True)}
+    deepest = {_summands(layer): layer.node for layer in sorted(same, key=lambda la: order[la.node])}
+    kept = {la.node for la in same if la.behind.shortcut is None or deepest[_summands(la)] == la.node}
     return [la if la.node in kept else alone[la.node] for la in layers]
+
+
+def _summands(layer: Layer) -> frozenset[str]:
+    """Return the two tensors that are added, which name the Add whatever the layer sees behind it."""
+    ways = [layer.output, *(name for name, is_behind_add in layer.behind.norms if not is_behind_add)]
+    return frozenset({ways[-1], layer.behind.shortcut or ""})
 
 
 def _by_itself(layer: Layer) -> Layer:
@@ -134,8 +142,8 @@ class Cascade:
         progress : Progress
             Told one step a layer.
         """
-        memory, cutter = self._setting.memory_bytes, Cutter(self._subject.view)
-        layers = [layer for layer in layers if layer.node in starts or is_behind(cutter, layer, starts)]
+        memory, cutter = self._setting.memory_bytes, Cutter(self._subject.view, tensors_around(layers))
+        layers = [layer for layer in layers if layer.node in starts or self._may_change(cutter, layer, starts)]
         levels = levels_of(cutter, with_targets(cutter, layers, self._subject.shapes)) if layers else []
         fitted: dict[str, Fitted] = {}
         stay: dict[str, Fitted] = {}
@@ -154,6 +162,10 @@ class Cascade:
                 for network in (courses.original, courses.compressed):
                     network.release(later)
         return fitted, stay
+
+    def _may_change(self, cutter: Cutter, layer: Layer, starts: Collection[str]) -> bool:
+        """Return whether a dense layer can make up for something; of wide ones no dense refit is known."""
+        return not self._shop.bench.in_outputs(layer) and is_behind(cutter, layer, starts)
 
     def _fit(
         self, group: Sequence[Layer], starts: Mapping[str, AnyFactors], courses: Courses, progress: Progress

@@ -14,7 +14,7 @@ from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.config import Budget
 from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph.forms import GEMM_C_OPTIONAL
-from onnx_lrs.graph.layers import Layer
+from onnx_lrs.graph.layers import Layer, read_elsewhere
 from onnx_lrs.graph.model import weight_count
 from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.planning.allocate import Choice, allocate
@@ -65,7 +65,7 @@ def error_curves(
             found[layer.node] = candidates
             if probe is not None:
                 loss, factors = probe
-                probes[layer.node] = loss, bench.widened(layer, factors) if bench.in_outputs(layer) else factors
+                probes[layer.node] = loss, bench.of_layer(layer, factors)
             if shelf is not None and candidates:
                 shelf.put(layer.node, statistics.pop(layer.node))
             progress.step(layer.name)
@@ -153,7 +153,14 @@ def _saved(subject: Subject, plan: Plan, budget: Budget) -> int:
         row = _row_params(layer, plan.chosen.get(layer.node))
         positions = subject.macs[layer.node] // layer.params
         saved += rows * (row * positions if budget.kind == "macs" else row + (layer.bias is not None))
+        if budget.kind == "params" and layer.node not in plan.chosen and _shares_bias(subject, layer):
+            saved -= layer.out  # the shorter bias is a new one beside the old
     return saved
+
+
+def _shares_bias(subject: Subject, layer: Layer) -> bool:
+    """Return whether others read a layer's bias too, so that it stays where the layer gets a new one."""
+    return layer.bias is not None and read_elsewhere(subject.view, layer.bias) is not None
 
 
 def _row_params(layer: Layer, chosen: Candidate | None) -> int:
@@ -171,7 +178,7 @@ def _choices(subject: Subject, layer: Layer, candidates: Sequence[Candidate], bu
         costs = [macs_of(subject, layer, c.form, c.rank, c.params) for c in candidates]
         dense = subject.macs[layer.node]
     else:
-        new_bias = layer.out if layer.bias is None and layer.affine else 0
+        new_bias = layer.out if layer.affine and (layer.bias is None or _shares_bias(subject, layer)) else 0
         if layer.op == "Gemm" and subject.view.opset < GEMM_C_OPTIONAL:
             new_bias += 2  # a zero for the C of each Gemm that has no bias
         costs, dense = [c.params + new_bias for c in candidates], layer.params
