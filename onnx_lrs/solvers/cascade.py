@@ -34,6 +34,7 @@ from onnx_lrs.solvers.spatial import fit_spatial
 from onnx_lrs.solvers.spectral import DAMPING, Seen, assemble, damped, joint, reduce_rows, seen
 
 GRID = tuple(10.0**power for power in range(-4, 3))  # delta in units of the mean diagonal of H
+TIE = 0.01  # errors on a sample of columns that are this close do not tell two dampings apart
 ROUNDS = (0.1, 0.3, 1.0, 1.0)  # rho, round by round
 
 
@@ -154,13 +155,23 @@ def finish(problem: Problem, trials: Sequence[Trial], rounds: Sequence[float]) -
     """Choose among linear trials, the first of which is the start, and go on behind the activation."""
     best = min(trials, key=lambda trial: trial.error)
     if problem.activation != LINEAR and not isinstance(best.factors, ElementFactors) and rounds:
-        known = system(problem, DAMPING if best.damping is None else best.damping)
-        found = behind_activation(problem, best.factors, known, rounds)
+        begin = _least_pulled(trials, best)
+        known = system(problem, DAMPING if begin.damping is None else begin.damping)
+        found = behind_activation(problem, begin.factors, known, rounds)
         later = [Trial(_error(problem, factors), factors, known.damping) for factors in found]
         last = min([best, *later], key=lambda trial: trial.error)
     else:
         last = best
     return Refit(last.factors, last.damping, (trials[0].error, best.error, last.error))
+
+
+def _least_pulled(trials: Sequence[Trial], best: Trial) -> Trial:
+    """Return the trial with the least damping among those as good as the best.
+
+    Where many dampings fit equally well, a strong one would only hold back what comes behind the activation.
+    """
+    good = [t for t in trials if t.damping is not None and t.error <= (1 + TIE) * best.error]
+    return min(good, key=lambda trial: trial.damping or 0.0, default=best)
 
 
 def _error(problem: Problem, factors: AnyFactors) -> float:
