@@ -1,0 +1,304 @@
+"""Finished parts come back bit by bit; a run that is killed anywhere goes on and gives the same file."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+import onnx_lrs
+from onnx_lrs import errors
+from onnx_lrs.data import TensorSpec, fingerprint, open_samples
+from onnx_lrs.work import Identity, Work
+from tests import small_nets as nets
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    first: Any
+    second: Any = None
+
+
+RECORDS = (Colour, Record)
+RUN = Identity({"model": "m", "settings": {"seed": 0}})
+
+
+def opened(place: Path, identity: Identity = RUN, notes: list[str] | None = None) -> Work:
+    return Work.open(place, identity, RECORDS, [].append if notes is None else notes.append)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal bit by bit, types included."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray | np.generic):
+        return (one.dtype.str, one.shape, one.tobytes()) == (other.dtype.str, other.shape, other.tobytes())
+    if isinstance(one, float):
+        return struct.pack("d", one) == struct.pack("d", other) or (one != one and other != other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return same(list(one.items()), list(other.items()))
+    if isinstance(one, Record):
+        return same(vars(one), vars(other))
+    if isinstance(one, scipy.sparse.csr_array):
+        return one.shape == other.shape and all(
+            same(getattr(one, part), getattr(other, part)) for part in ("data", "indices", "indptr")
+        )
+    return bool(one == other)
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+DTYPES = st.one_of(
+    hnp.boolean_dtypes(),
+    hnp.integer_dtypes(endianness="?"),
+    hnp.floating_dtypes(endianness="?"),
+    hnp.complex_number_dtypes(endianness="?"),
+    hnp.unicode_string_dtypes(endianness="?"),
+)
+ARRAYS = hnp.arrays(DTYPES, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.sampled_from([-0.0, float("inf"), float("nan"), 5e-324, "\ud800", Colour.RED, np.float32(0.1), np.int64(-1)]),
+    st.text(),
+    ARRAYS,
+)
+KEYS = st.one_of(st.text(max_size=3), st.integers(), st.tuples(st.integers()))
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(KEYS, inner, max_size=3),
+        st.builds(Record, inner, inner),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(value=TREES.filter(lambda value: value is not None), mapped=st.booleans())
+def test_values_come_back_as_they_were(tmp_path_factory, value, mapped):
+    with opened(tmp_path_factory.mktemp("work")) as work:
+        went_on = work.put("kind", "name", value)
+        assert same(went_on, value)
+        assert same(work.get("kind", "name", mapped), value)
+        assert work.has("kind", "name")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_arrays_go_on_in_one_layout_with_and_without_a_folder(folder, tmp_path):
+    """BLAS rounds a transposed operand elsewhere; a resumed run must not differ from one that was not interrupted."""
+    value = np.arange(12.0).reshape(3, 4).T[:, ::2]
+    with opened(tmp_path) if folder else Work() as work:
+        kept = work.put("kind", "name", Record(value))
+        assert kept.first.flags.c_contiguous
+        assert np.array_equal(kept.first, value)
+
+
+def test_what_the_folder_has_no_name_for_is_refused_and_leaves_nothing(tmp_path):
+    with Work.open(tmp_path, RUN, [Colour], [].append) as work:
+        for value in (Record(1), {1, 2}, np.array([object()]), np.zeros(2, "i4,i4"), b"bytes", Record):
+            with pytest.raises(TypeError, match="kept"):
+                work.put("kind", "name", value)
+        assert [path.name for path in work.folder.iterdir() if path.name not in ("lock", "run.json")] == []
+
+
+def test_without_a_folder_nothing_is_kept():
+    with Work() as work:
+        assert work.put("kind", "name", 3) == 3
+        assert work.get("kind", "name") is None
+        assert not work.has("kind", "name")
+
+
+NAMES = ["conv/1:0", "../../etc/passwd", "層1", "layer 1", "layer_1", "Layer 1", "", ".", "x" * 400, "a\0b", "\ud800"]
+
+
+def test_every_name_has_its_own_file(tmp_path):
+    with opened(tmp_path) as work:
+        for number, name in enumerate(NAMES):
+            work.put("kind", name, number + 1)
+        assert work.found("kind", NAMES) == {name: number + 1 for number, name in enumerate(NAMES)}
+        assert len([*work.folder.glob("*.part")]) == len(NAMES)
+    assert [path.name for path in tmp_path.iterdir()] == [RUN.key[:16]]
+
+
+def test_mapped_arrays_stay_in_the_file_and_cannot_be_changed(tmp_path):
+    with opened(tmp_path) as work:
+        work.put("kind", "name", (np.ones((3, 3)), np.zeros((0, 3))))
+        full, empty = work.get("kind", "name", mapped=True)
+        assert empty.shape == (0, 3)
+        with pytest.raises(ValueError, match="read-only"):
+            full[0, 0] = 2.0
+        changeable = work.get("kind", "name")[0]
+        changeable[0, 0] = 2.0
+        assert work.get("kind", "name")[0][0, 0] == 1.0
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+VALUE = Record(np.arange(100.0), {"a": (1, "b")})
+
+
+@settings(max_examples=100, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), mapped=st.booleans())
+def test_a_part_that_is_cut_off_is_missing_and_the_note_says_so(tmp_path_factory, share, mapped):
+    notes: list[str] = []
+    with opened(tmp_path_factory.mktemp("work"), notes=notes) as work:
+        work.put("kind", "conv1", VALUE)
+        (part,) = work.folder.glob("*.part")
+        end = len(part.read_bytes().rstrip(b"\0"))
+        os.truncate(part, int(share * end))
+        assert work.get("kind", "conv1", mapped) is None
+        assert "'conv1'" in notes[0]
+        assert "damaged" in notes[0]
+        work.put("kind", "conv1", VALUE)
+        assert same(work.get("kind", "conv1"), VALUE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255))
+def test_a_changed_byte_is_noticed(tmp_path_factory, share, change):
+    with opened(tmp_path_factory.mktemp("work")) as work:
+        work.put("kind", "conv1", VALUE)
+        (part,) = work.folder.glob("*.part")
+        content = bytearray(part.read_bytes())
+        content[int(share * len(content))] ^= change
+        part.write_bytes(content)
+        found = work.get("kind", "conv1")
+        assert found is None or same(found, VALUE)  # a byte between the arrays says nothing
+        assert found is None or content.count(0) < len(content)
+
+
+def test_a_part_under_another_parts_name_is_missing(tmp_path):
+    with opened(tmp_path) as work:
+        work.put("kind", "one", 1)
+        (part,) = work.folder.glob("*.part")
+        work.put("kind", "two", 2)
+        (other,) = {*work.folder.glob("*.part")} - {part}
+        part.replace(other)
+        assert work.get("kind", "two") is None
+
+
+def test_what_a_killed_writer_left_half_written_goes(tmp_path):
+    with opened(tmp_path) as work:
+        work.put("kind", "one", 1)
+        draft = work.folder / "kind-one-0.part.abc.tmp"
+        draft.write_bytes(b"half")
+    notes: list[str] = []
+    with opened(tmp_path, notes=notes) as work:
+        assert not draft.exists()
+        assert work.get("kind", "one") == 1
+    assert notes == [f"Going on from {work.folder}: 1 finished part is not computed again."]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    with opened(tmp_path) as work:
+        work.put("kind", "one", 1)
+        before = {path: path.read_bytes() for path in work.folder.iterdir()}
+
+        def full(_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(errors.OutputError, match=r"kind of 'one' .*No space left") as caught:
+            work.put("kind", "one", 2)
+        assert "--work" in caught.value.remedy
+        assert {path: path.read_bytes() for path in work.folder.iterdir()} == before
+        assert work.get("kind", "one") == 1
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+HOLDER = """
+import sys, pathlib
+from onnx_lrs.work import Identity, Work
+with Work.open(pathlib.Path(sys.argv[1]), Identity({"model": "m", "settings": {"seed": 0}}), (), print):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_serves_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as holder:
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(errors.ConfigError, match=f"in use by process {holder.pid}") as caught:
+            opened(tmp_path)
+        assert str(tmp_path) in caught.value.message
+        opened(tmp_path, Identity({"model": "other"})).close()
+        holder.kill()
+    opened(tmp_path).close()
+
+
+def test_a_folder_serves_one_run_of_a_process_at_a_time(tmp_path):
+    with opened(tmp_path), pytest.raises(errors.ConfigError, match=f"in use by process {os.getpid()}"):
+        opened(tmp_path)
+    opened(tmp_path).close()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "work").write_text("")
+    with pytest.raises(errors.ConfigError, match="not a folder"):
+        opened(tmp_path / "work")
+
+
+def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.OutputError, match="cannot be used"):
+        opened(tmp_path / "file" / "work")
+
+
+def test_the_folder_says_what_it_is_and_what_another_run_changed(tmp_path):
+    opened(tmp_path, Identity(RUN.deciding, {"model file": "net.onnx"})).close()
+    told = json.loads((tmp_path / RUN.key[:16] / "run.json").read_text())
+    assert told == {"model file": "net.onnx", "key": RUN.key, "model": "m", "settings": {"seed": 0}}
+    notes: list[str] = []
+    opened(tmp_path, Identity({"model": "m", "settings": {"seed": 1}}), notes).close()
+    assert len(notes) == 1
+    assert "starts from the beginning" in notes[0]
+    assert notes[0].endswith("differs in: settings.seed.")
+
+
+def test_a_fingerprint_is_of_what_is_fed_not_of_where_it_lies(tmp_path):
+    spec = [TensorSpec("image", np.dtype(np.float32), ("N", 3, 16, 16))]
+    pixels = nets.pictures(5)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    with open_samples(tmp_path, spec, None) as folder, open_samples(pixels, spec, None) as array:
+        steps: list[int] = []
+        assert fingerprint(folder, lambda: steps.append(1)) == fingerprint(array)
+        assert len(steps) == 5
+    with (
+        open_samples(pixels, spec, onnx_lrs.Preprocess(scale=0.5)) as scaled,
+        open_samples(pixels, spec, None) as array,
+    ):
+        assert fingerprint(scaled) != fingerprint(array)
