@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import scipy.sparse
 from hypothesis import given, settings
@@ -21,8 +22,16 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import onnx_lrs
-from onnx_lrs import errors
+from onnx_lrs import Budget, Config, errors, pipeline
+from onnx_lrs.calibration.capture import Capture, Setting
+from onnx_lrs.calibration.subject import Inputs, Material, open_material
 from onnx_lrs.data import TensorSpec, fingerprint, open_samples
+from onnx_lrs.graph import model as models
+from onnx_lrs.graph.layers import find
+from onnx_lrs.graph.model import View
+from onnx_lrs.planning.candidates import Fitted
+from onnx_lrs.progress import Silent
+from onnx_lrs.solvers.problem import ElementFactors, Status
 from onnx_lrs.work import Identity, Work
 from tests import small_nets as nets
 
@@ -109,6 +118,19 @@ def test_values_come_back_as_they_were(tmp_path_factory, value, mapped):
         assert same(went_on, value)
         assert same(work.get("kind", "name", mapped), value)
         assert work.has("kind", "name")
+
+
+def test_sparse_factors_and_results_of_a_layer_come_back(tmp_path):
+    rng = np.random.default_rng(0)
+    entries = scipy.sparse.csr_array(np.where(rng.random((6, 8)) < 0.2, rng.standard_normal((6, 8)), 0.0))
+    entries.indices, entries.indptr = entries.indices.astype(np.int64), entries.indptr.astype(np.int64)
+    factors = ElementFactors(rng.random((6, 0)), rng.random((0, 8)), entries, rng.random(6))
+    with Work.open(tmp_path, RUN, pipeline.KEPT, [].append) as work:
+        work.put("fitted", "fc", Fitted(factors, 0.1, None, Status.NOT_CONVERGED, np.float64(0.3)))
+        found = work.get("fitted", "fc")
+    assert same(found.factors.sparse, entries)
+    assert (found.status, found.error, found.activation_error) == (Status.NOT_CONVERGED, 0.1, None)
+    assert type(found.allowed) is np.float64
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -269,6 +291,8 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "work").write_text("")
     with pytest.raises(errors.ConfigError, match="not a folder"):
         opened(tmp_path / "work")
+    with pytest.raises(errors.ConfigError, match="not a folder"):
+        onnx_lrs.compress(nets.conv_net(), config=Config(work=tmp_path / "work"))
 
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path):
@@ -288,6 +312,81 @@ def test_the_folder_says_what_it_is_and_what_another_run_changed(tmp_path):
     assert notes[0].endswith("differs in: settings.seed.")
 
 
+# ------------------------------------------------------------------------------------------------ the key
+
+
+DATA = nets.as_floats(nets.pictures(12))
+
+
+def key_of(model: Any = None, data: Any = DATA, test: Any = None, **changes: Any) -> str:
+    model = nets.conv_net() if model is None else model
+    inputs = Inputs(data, None, test)
+    config = Config(**({"threads": 1} | changes))
+    job = pipeline.Job(model, None, inputs, config, Silent())
+    with pipeline.contextlib.ExitStack() as stack:
+        material: Material = open_material(inputs, models.signature(models.load(model))[0], config, stack)
+        return pipeline._identity(job, material, pipeline.Clock(Silent())).key
+
+
+def test_the_key_stays_when_nothing_that_decides_changes(tmp_path):
+    key = key_of()
+    assert key_of(nets.conv_net(), DATA.copy()) == key
+    assert key_of(test=DATA[:5]) == key
+    assert key_of(work=str(tmp_path)) == key
+    assert key_of(data=list(DATA[:, None])) == key_of(data=[{"image": row[None]} for row in DATA])
+    onnx.save(nets.conv_net(), tmp_path / "a.onnx")
+    onnx.save(nets.conv_net(), tmp_path / "b.onnx")
+    assert key_of(tmp_path / "a.onnx") == key_of(str(tmp_path / "b.onnx"))
+
+
+OTHER = {
+    "budget": Budget(macs=0.5),
+    "method": "hsvd",
+    "fit": "independent",
+    "structure": "elements",
+    "steps": 3,
+    "multiple": 4,
+    "holdout": 0.3,
+    "columns": 1024,
+    "memory_bytes": 1 << 30,
+    "batch": 7,
+    "threads": 2,
+    "seed": 1,
+    "exclude": ("fc*",),
+    "shapes": {"image": (1, 3, 16, 16)},
+    "random_data": True,
+    "preprocess": onnx_lrs.Preprocess(scale=0.5),
+}
+
+
+def test_the_key_changes_with_every_setting_but_the_folder():
+    assert {field.name for field in dataclasses.fields(Config)} - {"work"} == set(OTHER)
+    keys = {key_of(), *(key_of(**{name: value}) for name, value in OTHER.items())}
+    assert len(keys) == 1 + len(OTHER)
+
+
+def test_the_key_changes_with_a_weight(tmp_path):
+    model = nets.conv_net()
+    bits = bytearray(model.graph.initializer[2].raw_data)
+    bits[0] ^= 1
+    model.graph.initializer[2].raw_data = bytes(bits)
+    assert key_of(model) != key_of()
+    attribute = nets.conv_net()
+    attribute.graph.node[0].attribute[0].ints[0] = 2
+    assert key_of(attribute) != key_of()
+    keys = []
+    for place in (nets.conv_net(), model):
+        onnx.save(place, tmp_path / "net.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+        keys.append(key_of(tmp_path / "net.onnx"))
+    assert keys[0] != keys[1]
+
+
+def test_the_key_changes_with_a_sample():
+    changed = DATA.copy()
+    changed[-1, -1, -1, -1] = np.nextafter(changed[-1, -1, -1, -1], np.float32(2))
+    assert len({key_of(), key_of(data=changed), key_of(data=DATA[::-1]), key_of(data=DATA[:-1])}) == 4
+
+
 def test_a_fingerprint_is_of_what_is_fed_not_of_where_it_lies(tmp_path):
     spec = [TensorSpec("image", np.dtype(np.float32), ("N", 3, 16, 16))]
     pixels = nets.pictures(5)
@@ -302,3 +401,33 @@ def test_a_fingerprint_is_of_what_is_fed_not_of_where_it_lies(tmp_path):
         open_samples(pixels, spec, None) as array,
     ):
         assert fingerprint(scaled) != fingerprint(array)
+
+
+PICTURES = nets.as_floats(nets.pictures(24))
+
+
+@pytest.mark.parametrize("known", [0, 1, 2, 3])
+def test_statistics_do_not_depend_on_which_layers_are_known(known):
+    """Their network is cut in the same places, or ONNX Runtime would fuse, and round, elsewhere."""
+    model, rng = nets.conv_net(), np.random.default_rng(0)
+    samples = open_samples(PICTURES, models.signature(model)[0], None)
+    layers, _ = find(View(model), ())
+    roles = {"fit": np.arange(8), "select": np.arange(8, 12)}
+    setting = Setting(1 << 30, 1024, 4, 1, 0, True)
+
+    def captured(names: set[str]) -> dict[str, Any]:
+        capture, found = Capture(model, layers, samples, setting), {}
+        for layer in layers:
+            found |= capture.statistics([layer], roles, Silent(), True, names)
+        return found
+
+    names = {layer.node for layer in layers}
+    skipped = {str(node) for node in rng.permutation(sorted(names))[:known]}
+    whole, part = captured(set()), captured(skipped)
+    assert set(part) == names - skipped
+    for node, found in part.items():
+        for role, statistic in found.items():
+            expected = whole[node][role]
+            assert same(statistic.moments.cov, expected.moments.cov)
+            assert same(statistic.moments.mean, expected.moments.mean)
+            assert same(statistic.columns.inputs, expected.columns.inputs)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from onnx_lrs.calibration.capture import Capture, Roles, groups
+from onnx_lrs.calibration.capture import Capture, Roles, Statistic, groups
 from onnx_lrs.calibration.shelf import Shelf
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.config import Budget
@@ -24,10 +24,13 @@ from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
 from onnx_lrs.solvers.spatial import FORM
+from onnx_lrs.work import Work
 
 SLACK_ROUNDS = 8
 SLACK_SHARE = 0.005  # of the limit: less is not worth another round
 Curves = Mapping[str, Sequence[Candidate]]
+Curve = tuple[list[Candidate], tuple[float, AnyFactors] | None]  # of one layer, with its probe's loss and factors
+CURVE, PLAN, START = "curve", "plan", "start"  # kinds of what is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +49,46 @@ def error_curves(
     capture: Capture | None,
     roles: Roles,
     progress: Progress,
-    shelf: Shelf | None = None,
+    shelf: Shelf | None,
+    work: Work,
 ) -> tuple[dict[str, list[Candidate]], dict[str, tuple[float, AnyFactors]]]:
     """Return every layer's candidates, and with data one fitted probe of each layer (see planning/sensitivity.py).
 
-    Statistics are captured group by group; after use they are dropped, or put on the ``shelf``.
+    Statistics are captured group by group; after use they are dropped, or put on the ``shelf``. What is in ``work``
+    already is neither captured nor solved again.
     """
     found: dict[str, list[Candidate]] = {}
     probes: dict[str, tuple[float, AnyFactors]] = {}
     for group in groups(subject.layers, len(roles), bench.memory_bytes, bench.with_columns):
-        statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
+        known = {layer.node: kept for layer in group if (kept := _kept(layer, shelf, work)) is not None}
+        statistics = capture.statistics(group, roles, progress, bench.with_columns, known) if capture else {}
         for layer in group:
             own = statistics.pop(layer.node, {})
-            found[layer.node] = bench.curve(layer, own)
-            probe = probe_of(found[layer.node]) if own else None
+            curve = known[layer.node] if layer.node in known else _curve(bench, layer, own, shelf, work)
+            found[layer.node], probe = curve
             if probe is not None:
-                probes[layer.node] = probe.loss, bench.fit(layer, probe, own, steps=0).factors
-            if shelf is not None and found[layer.node]:
-                shelf.put(layer.node, own)
+                probes[layer.node] = probe
             progress.step(layer.name)
     return found, probes
+
+
+def _kept(layer: Layer, shelf: Shelf | None, work: Work) -> Curve | None:
+    """Return a layer's curve where that was kept, and with it what the fit needs."""
+    curve: Curve | None = work.get(CURVE, layer.node)
+    if curve is None or not curve[0] or shelf is None:
+        return curve
+    return curve if work.has(START, layer.node) or shelf.has(layer.node) else None
+
+
+def _curve(bench: Bench, layer: Layer, own: Mapping[str, Statistic], shelf: Shelf | None, work: Work) -> Curve:
+    """Return a layer's candidates and a fitted probe; its statistics go on the shelf."""
+    candidates = bench.curve(layer, own)
+    chosen = probe_of(candidates) if own else None
+    probe = None if chosen is None else (chosen.loss, bench.fit(layer, chosen, own, steps=0).factors)
+    if shelf is not None and candidates:
+        shelf.put(layer.node, own)
+    curve: Curve = work.put(CURVE, layer.node, (candidates, probe))
+    return curve
 
 
 def weighted(curves: Curves, sensitivity: Mapping[str, float]) -> dict[str, list[Candidate]]:
