@@ -405,7 +405,7 @@ def _fit_in_cascade(
                 starts[layer.node] = work.put(START, layer.node, start)
             job.progress.step(layer.name)
         behind = job.config.fit == "cascade"
-        cascade = Cascade(subject, bench, (material.samples, material.split), workshop.setting, behind)
+        cascade = Cascade(subject, bench, (material.samples, material.split), workshop.setting, behind, work)
         return cascade.run(chosen, starts, clock.timer, job.progress)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import enum
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,8 @@ from onnx_lrs.data import TensorSpec, fingerprint, open_samples
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.layers import find
 from onnx_lrs.graph.model import View
-from onnx_lrs.planning.candidates import Fitted
+from onnx_lrs.planning import cascade, plan
+from onnx_lrs.planning.candidates import Bench, Fitted
 from onnx_lrs.progress import Silent
 from onnx_lrs.solvers.problem import ElementFactors, Status
 from onnx_lrs.work import Identity, Work
@@ -323,7 +329,7 @@ def key_of(model: Any = None, data: Any = DATA, test: Any = None, **changes: Any
     inputs = Inputs(data, None, test)
     config = Config(**({"threads": 1} | changes))
     job = pipeline.Job(model, None, inputs, config, Silent())
-    with pipeline.contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         material: Material = open_material(inputs, models.signature(models.load(model))[0], config, stack)
         return pipeline._identity(job, material, pipeline.Clock(Silent())).key
 
@@ -403,7 +409,104 @@ def test_a_fingerprint_is_of_what_is_fed_not_of_where_it_lies(tmp_path):
         assert fingerprint(scaled) != fingerprint(array)
 
 
+# ------------------------------------------------------------------------------------------------ stopped anywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    model: onnx.ModelProto
+    data: Any
+    config: dict[str, Any]
+
+
 PICTURES = nets.as_floats(nets.pictures(24))
+CASES = {
+    "cascade": Case(nets.conv_net(), PICTURES, {}),
+    "cascade of sentences": Case(nets.block(), nets.sentences(20), {"fit": "cascade-linear"}),
+    "independent": Case(nets.two_inputs(), nets.pairs(), {"fit": "independent"}),
+    "columns": Case(nets.two_inputs(), nets.pairs(), {"method": "admm", "steps": 5}),
+    "elements": Case(nets.two_inputs(), nets.pairs(), {"method": "greedy", "structure": "elements", "steps": 5}),
+    "gain": Case(nets.two_inputs(), nets.pairs(), {"method": "nettrim", "budget": Budget(gain=0.3), "steps": 300}),
+    "weights only": Case(nets.conv_net(), None, {}),
+}
+
+
+def compressed(case: Case, work: Path | None) -> bytes:
+    config = Config(**({"threads": 1, "work": work} | case.config))
+    result = onnx_lrs.compress(case.model, data=case.data, config=config)
+    return result.model.SerializeToString(deterministic=True)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> collections.Counter[tuple[str, str]]:
+    """Counts the solves of each layer."""
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def wrap(name: str) -> None:
+        real: Callable[..., Any] = getattr(Bench, name)
+
+        def counting(self, layer, *args, **more):
+            counts[name if "steps" not in more else "probe", layer.node] += 1
+            return real(self, layer, *args, **more)
+
+        monkeypatch.setattr(Bench, name, counting)
+
+    for name in ("curve", "fit", "start", "refit", "within"):
+        wrap(name)
+    return counts
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["together", "layer by layer"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_stops_after_every_part_solves_nothing_twice_and_gives_the_same_file(
+    name, alone, tmp_path, counted, monkeypatch
+):
+    """Layer by layer: every layer in a pass of its own, as if memory held no two."""
+    case = CASES[name]
+    if alone:
+        for module in (plan, pipeline, cascade):
+            monkeypatch.setattr(module, "groups", lambda layers, *_: [[layer] for layer in layers])
+    whole = compressed(case, None)
+    expected = counted.copy()
+    counted.clear()
+
+    real, runs = Work.put, 0
+
+    def put_and_stop(self, kind, *given):
+        real(self, kind, *given)
+        if kind != "statistics":  # alone they are of no use: their layer's curve comes next
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "put", put_and_stop)
+        while True:
+            runs += 1
+            assert runs < 50
+            try:
+                resumed = compressed(case, tmp_path)
+            except KeyboardInterrupt:
+                continue
+            break
+    assert resumed == whole
+    assert counted == expected
+    (folder,) = tmp_path.iterdir()
+    assert runs == 1 + len([part for part in folder.glob("*.part") if not part.name.startswith("statistics")])
+    counted.clear()
+    assert compressed(case, tmp_path) == whole
+    assert not counted
+
+
+def test_parts_that_were_damaged_are_made_again(tmp_path):
+    case = CASES["cascade"]
+    whole = compressed(case, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    for kind in ("curve", "statistics", "sensitivity", "plan", "start", "fitted"):
+        part = sorted(folder.glob(f"{kind}-*.part"))[0]
+        os.truncate(part, part.stat().st_size // 2)
+        assert compressed(case, tmp_path) == whole
+    for part in [*folder.glob("st*-*.part"), *folder.glob("fitted-*.part")]:  # statistics as well as starts
+        os.truncate(part, part.stat().st_size // 2)
+    assert compressed(case, tmp_path) == whole
 
 
 @pytest.mark.parametrize("known", [0, 1, 2, 3])
@@ -431,3 +534,129 @@ def test_statistics_do_not_depend_on_which_layers_are_known(known):
             assert same(statistic.moments.cov, expected.moments.cov)
             assert same(statistic.moments.mean, expected.moments.mean)
             assert same(statistic.columns.inputs, expected.columns.inputs)
+
+
+# ------------------------------------------------------------------------------------------------ killed, for real
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a model, samples and what a run without --work makes of them."""
+    folder = tmp_path_factory.mktemp("home")
+    onnx.save(nets.conv_net(), folder / "model.onnx")
+    np.save(folder / "x.npy", nets.as_floats(nets.pictures(40)))
+    (folder / "tmp").mkdir()
+    assert run(folder, "-o", "whole.onnx").wait() == 0
+    assert [*(folder / "tmp").iterdir()] == []
+    return folder
+
+
+def run(folder: Path, *flags: str, **more: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "onnx_lrs", "model.onnx", "--data", "x.npy", "--threads", "1", *flags]
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **more)
+
+
+def wait_for(process: subprocess.Popen[str], place: Path, pattern: str, count: int) -> None:
+    end = time.monotonic() + 60
+    while len([*place.glob(f"*/{pattern}")]) < count:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("statistics-*.tmp", 1),
+        ("statistics-*.part", 1),
+        ("curve-*.part", 1),
+        ("curve-*.part", 2),
+        ("sensitivity-*.part", 1),
+        ("start-*.part", 1),
+        ("fitted-*.part", 1),
+        ("fitted-*.part", 2),
+    ],
+)
+def test_a_killed_run_continues_and_writes_the_same_bytes(home, tmp_path, pattern, count):
+    work = tmp_path / "work"
+    flags = ("-o", str(tmp_path / "small.onnx"), "--work", str(work))
+    with run(home, *flags) as process:
+        wait_for(process, work, pattern, count)
+        process.send_signal(signal.SIGKILL)
+        _, _ = process.communicate()
+    finish(home, work, flags, killed=process.returncode == -signal.SIGKILL)
+
+
+def finish(home: Path, work: Path, flags: tuple[str, ...], killed: bool) -> None:
+    """Run a killed command again."""
+    output = Path(flags[1])
+    assert output.exists() != killed
+    before = len([*work.glob("*/*.part")])
+    with run(home, *flags) as process:
+        _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert (f": {before} finished part" in told) == (before > 0)
+    assert output.read_bytes() == (home / "whole.onnx").read_bytes()
+    assert [path for path in work.rglob("*") if path.suffix == ".tmp"] == []
+    assert [*(home / "tmp").iterdir()] == []
+
+
+def test_a_run_that_is_killed_at_any_time_again_and_again_continues(home, tmp_path):
+    rng = np.random.default_rng()
+    work = tmp_path / "work"
+    flags = ("-o", str(tmp_path / "small.onnx"), "--work", str(work))
+    for _ in range(4):
+        with run(home, *flags) as process:
+            try:
+                process.communicate(timeout=rng.uniform(0.5, 3.0))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+        if process.returncode == 0:
+            break
+    finish(home, work, flags, killed=process.returncode == -signal.SIGKILL)
+
+
+def test_without_a_folder_an_error_and_an_interruption_leave_nothing(home, tmp_path):
+    output = tmp_path / "small.onnx"
+    with run(home, "-o", str(output), "--params", "0.0001") as process:
+        assert process.wait() == errors.BudgetError.exit_code
+    with run(home, "-o", str(output)) as process:
+        assert process.stderr.readline()  # the samples are open, the work begins
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.endswith("interrupted; nothing was written\n")
+    assert [*tmp_path.iterdir()] == []
+    assert [*(home / "tmp").iterdir()] == []
+
+
+def test_an_interrupted_run_says_how_to_go_on(home, tmp_path):
+    work = tmp_path / "work"
+    flags = ("-o", str(tmp_path / "small.onnx"), "--work", str(work))
+    with run(home, *flags) as process:
+        wait_for(process, work, "curve-*.part", 1)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.endswith(f"The same command continues from what {work} holds.\n")
+    finish(home, work, flags, killed=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits there")
+def test_a_full_disk_is_named_and_loses_no_finished_layer(home, tmp_path):
+    """A limit on the size of files stands for the disk: a write stops in the middle of the larger statistics."""
+    import resource
+
+    work = tmp_path / "work"
+    flags = ("-o", str(tmp_path / "small.onnx"), "--work", str(work))
+    limit = 1 << 20
+    with run(home, *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) as process:
+        _, told = process.communicate()
+    assert process.returncode == errors.OutputError.exit_code, told
+    assert "error: The statistics of 'g1' could not be kept in" in told
+    assert "File too large" in told
+    assert [path for path in work.rglob("*") if path.suffix == ".tmp"] == []
+    assert len([*work.glob("*/curve-c2-*.part")]) == 1
+    finish(home, work, flags, killed=True)

@@ -34,11 +34,12 @@ from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.graph.segments import Cutter
-from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
+from onnx_lrs.planning.candidates import FIT, FITTED, JUDGE, SELECT, Bench, Fitted
 from onnx_lrs.progress import Progress, Timer
 from onnx_lrs.runtime.session import Feed
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.problem import AnyFactors
+from onnx_lrs.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Cascade:
         material: tuple[Samples, Split],
         setting: Setting,
         behind_activation: bool = True,
+        work: Work | None = None,
     ) -> None:
         samples, split = material
         self._subject = subject
@@ -117,12 +119,13 @@ class Cascade:
         self._roles = {FIT: split.fit, SELECT: split.select, JUDGE: split.held_out}
         self._setting = setting
         self._behind_activation = behind_activation
+        self._work = work or Work()
         self._rows = {role: sum(samples.rows(int(i)) for i in items) for role, items in self._roles.items()}
 
     def run(
         self, layers: Sequence[Layer], starts: Mapping[str, AnyFactors], timer: Timer, progress: Progress
     ) -> dict[str, Fitted]:
-        """Return the fitted layers by node.
+        """Return the fitted layers by node; what was fitted in an earlier run is only put in its place.
 
         Parameters
         ----------
@@ -136,7 +139,11 @@ class Cascade:
         setting, cutter = self._setting, Cutter(self._subject.view)
         layers = with_targets(cutter, layers, self._subject.shapes)
         levels = levels_of(cutter, layers)
-        fitted: dict[str, Fitted] = {}
+        fitted: dict[str, Fitted] = self._work.found(FITTED, (layer.node for layer in layers))
+        if len(fitted) == len(layers):
+            for layer in layers:
+                progress.step(layer.name)
+            return fitted
         with Store(setting.memory_bytes // 4) as store:
             courses = self._begin(cutter, levels, store, timer)
             for number, level in enumerate(levels):
@@ -144,12 +151,15 @@ class Cascade:
                 totals = {layer.behind.total for layer in level.layers}
                 _exhaust(courses.original.advance(level.nodes, later | totals))
                 for group in groups(level.layers, 1, setting.memory_bytes, True):
-                    found = self._pairs(group, courses, timer)
-                    for layer in group:
+                    rest = [layer for layer in group if layer.node not in fitted]
+                    found = self._pairs(rest, courses, timer) if rest else {}
+                    for layer in rest:
                         with timer.of("solve"):
-                            fitted[layer.node] = self._bench.refit(
+                            refitted = self._bench.refit(
                                 layer, starts[layer.node], found.pop(layer.node), self._behind_activation
                             )
+                        fitted[layer.node] = self._work.put(FITTED, layer.node, refitted)
+                    for layer in group:
                         progress.step(layer.name)
                 if level.layers:
                     change = functools.partial(self._replaced, level.layers, fitted)
