@@ -53,7 +53,7 @@ exit codes:
   6    the compressed model failed a check; nothing was written
   7    the result could not be written
   8    ONNX Runtime is missing, doubled or lacks the provider
-  130  interrupted; nothing was written
+  130  interrupted; nothing was written (with --work the same command continues)
 """
 
 
@@ -224,6 +224,12 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--batch", type=int, metavar="N", help=f"most samples in one inference call ({default.batch})")
     fit.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
     fit.add_argument("--jobs", type=int, metavar="N", help="layers solved at the same time (as many as threads)")
+    fit.add_argument(
+        "--work",
+        metavar="DIR",
+        help="keep finished layers and statistics in DIR: the same command continues after an interruption. Reads the "
+        "samples once more, to know them again; DIR may be deleted afterwards",
+    )
 
 
 def _add_image_flags(parser: argparse.ArgumentParser) -> None:
@@ -410,6 +416,8 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] =
         return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted; nothing was written")
+        if getattr(args, "work", None):
+            _say(f"The same command continues from what {args.work} holds.")
         return INTERRUPTED
 
 

@@ -13,6 +13,7 @@ DEFAULT_PARAMS = 0.5
 Fit = Literal["cascade", "cascade-linear", "independent"]
 FITS: tuple[Fit, ...] = ("cascade", "cascade-linear", "independent")
 GIB = 1 << 30
+UNDECIDING = ("work", "jobs")  # settings that change how a result is reached, never the result
 MEANING = {
     "params": "the fraction of the original that may remain",
     "gain": "the relative error that a layer's output may have",
@@ -186,6 +187,9 @@ class Config:
         Fit on random inputs when there is no data. Never done silently.
     preprocess : Preprocess, optional
         For images; None means the default (0..1, input size).
+    work : path, optional
+        A folder that keeps finished layers, so that the same call goes on after an interruption; it decides nothing
+        else. None: nothing is kept.
     """
 
     budget: Budget = dataclasses.field(default_factory=lambda: Budget(params=DEFAULT_PARAMS))
@@ -205,8 +209,12 @@ class Config:
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     random_data: bool = False
     preprocess: Preprocess | None = None
+    work: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.work is not None:
+            object.__setattr__(self, "work", os.fspath(self.work))
+            _require(self.work != "", "--work is empty.", "Name a folder, or leave --work out.")
         _require(isinstance(self.budget, Budget), f"budget is {self.budget!r}.", "Write Budget(params=0.5).")
         _require(
             not isinstance(self.exclude, str),
@@ -233,3 +241,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that decide the outcome, as plain JSON values."""
+        return {name: value for name, value in self.to_dict().items() if name not in UNDECIDING}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import array
 import contextlib
 import dataclasses
+import hashlib
 import os
 import shutil
 import tempfile
@@ -240,6 +241,29 @@ def _listed(things: Iterable[object]) -> str:
     return ", ".join(str(thing) for thing in things) or "none"
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def fingerprint(samples: Samples, tell: Callable[[], None] = _nothing) -> str:
+    """Return a hash of what a model would be fed: name, dtype, shape and bytes of every item, in order.
+
+    Every item is read once, so images are decoded once; ``tell`` is called after each.
+
+    Raises
+    ------
+    DataError
+        If an item cannot be read.
+    """
+    digest = hashlib.sha256()
+    for index in range(len(samples)):
+        for name, values in samples.item(index).items():
+            digest.update(repr((index, name, values.dtype.str, values.shape)).encode("utf-8", "surrogatepass"))
+            digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        tell()
+    return digest.hexdigest()
+
+
 # ------------------------------------------------------------------------------------------------ folders and files
 
 
@@ -346,10 +370,6 @@ class _Npz(Mapping[str, np.ndarray]):
 
 
 # ----------------------------------------------------------------------------- columns: one input of folders and arrays
-
-
-def _nothing() -> None:
-    """Close what needs no closing."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

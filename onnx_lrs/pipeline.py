@@ -8,18 +8,19 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, has_few_columns, is_wide, steps
+from onnx_lrs import __version__
+from onnx_lrs.calibration.capture import Capture, Roles, Setting, Statistic, groups, has_few_columns, is_wide, steps
 from onnx_lrs.calibration.shelf import Shelf
 from onnx_lrs.calibration.store import Store
 from onnx_lrs.calibration.subject import Inputs, Material, Subject, examine, measure_shapes, open_material
 from onnx_lrs.config import Budget, Config
-from onnx_lrs.data import Samples
+from onnx_lrs.data import Samples, fingerprint
 from onnx_lrs.errors import BudgetError, ConfigError, OutputError, VerificationError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph import weights
@@ -31,29 +32,32 @@ from onnx_lrs.graph.rewrite import Rewritten, rewrite, take_rows
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import (
     FIT,
+    FITTED,
     JUDGE,
     LOW_RANK,
     SELECT,
     Bench,
     Fitted,
+    Question,
     solution_of,
     solution_within,
 )
 from onnx_lrs.planning.cascade import Cascade
 from onnx_lrs.planning.guarantee import Promise, promise
-from onnx_lrs.planning.plan import Plan, error_curves, macs_of, make_plan, weighted
+from onnx_lrs.planning.plan import PLAN, START, Plan, error_curves, macs_of, make_plan, weighted
 from onnx_lrs.planning.sensitivity import sensitivities
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Executor, Task, Workers
 from onnx_lrs.progress import Progress, Timer
-from onnx_lrs.report.environment import environment, peak_memory_bytes
+from onnx_lrs.report.environment import arithmetic, environment, peak_memory_bytes, versions
 from onnx_lrs.report.result import Certificate, Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.session import Session, is_mapped
 from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
-from onnx_lrs.solvers import METHODS, Settings, Solution, Status
+from onnx_lrs.solvers import METHODS, Candidate, Moments, Settings, Solution, Status
 from onnx_lrs.solvers.closed_form import form_of
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
+from onnx_lrs.solvers.problem import AnyFactors, Columns, ElementFactors, Factors, SpatialFactors
+from onnx_lrs.work import Identity, Work, refuse_file
 
 ELEMENT_METHODS = tuple(name for name, method in METHODS.items() if "elements" in method.structures)
 ROUNDING = 1e-3  # of a bound: the file's float32 weights
@@ -61,6 +65,7 @@ HELD = 1.25  # times the allowed error on held-out samples is beyond chance
 SHELF_SHARE = 4  # of the memory holds statistics between plan and fit; the rest goes to disk
 POOR = 0.3  # relative error of an output beyond which the console warns
 NAMED = 5  # layers that a note calls by name
+KEPT = (Candidate, Columns, ElementFactors, Factors, Fitted, Moments, SpatialFactors, Statistic, Status)  # in a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +117,18 @@ def compress(job: Job) -> Result:
             scratch = stack.enter_context(scratch_for(original, job.output))
             subject = examine(job.source, original, job.config, material.samples, scratch)
             _refuse_without_layers(job, subject)
+        work = stack.enter_context(_open_work(job, material, clock))
         notes = _opening_notes(job, subject, material)
         for note in notes:
             job.progress.note(note)
-        work = _plan_and_fit(job, subject, material, clock)
-        fitted = work.fitted
+        outcome = _plan_and_fit(job, subject, material, work, clock)
+        fitted = outcome.fitted
         with clock.stage("rewrite"):
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks, scratch)
-        layers = _layer_results(subject, rewritten, work, known=material.samples is not None)
+        layers = _layer_results(subject, rewritten, outcome, known=material.samples is not None)
         before, after, quality, provider, certificate = _judge(
-            job, subject, material, (rewritten.model, work.promised), clock
+            job, subject, material, (rewritten.model, outcome.promised), clock
         )
         after = _write(job, rewritten.model, after, bool(outside), clock)
         model = _handed_over(job, rewritten.model)
@@ -143,7 +149,7 @@ def compress(job: Job) -> Result:
         certificate=certificate,
         notes=(
             *notes,
-            *_fit_notes(subject, work),
+            *_fit_notes(subject, outcome),
             *_closing_notes(before, after, quality),
             *_element_notes(layers),
             *_side_notes(job, material, quality, bool(outside)),
@@ -159,11 +165,14 @@ def check_request(job: Job) -> None:
     Raises
     ------
     ConfigError
-        Unknown method, a method that needs data without any, or an output that is the input.
+        Unknown method, a method that needs data without any, an output that is the input, or a work folder that is a
+        file.
     OutputError
         The output is a folder, or its folder is missing or cannot be written to.
     """
     _check_method(job)
+    if job.config.work is not None:
+        refuse_file(pathlib.Path(job.config.work))
     if job.output is None:
         return
     if not isinstance(job.source, onnx.ModelProto) and _same_file(pathlib.Path(job.source), job.output):
@@ -298,8 +307,37 @@ def _wide_notes(job: Job, subject: Subject, material: Material) -> list[str]:
     return notes
 
 
+def _open_work(job: Job, material: Material, clock: Clock) -> Work:
+    """Return the finished parts of this very run, from its work folder if it has one."""
+    if job.config.work is None:
+        return Work()
+    return Work.open(pathlib.Path(job.config.work), _identity(job, material, clock), KEPT, job.progress.note)
+
+
+def _identity(job: Job, material: Material, clock: Clock) -> Identity:
+    """Return what decides the finished layers; the samples that judge do not."""
+    samples = material.samples
+    with clock.stage("fingerprint", 1 + (0 if samples is None else len(samples))):
+        model = models.digest(job.source)
+        job.progress.step("model")
+        data = None if samples is None else fingerprint(samples, lambda: job.progress.step("sample"))
+    deciding = {
+        "model": model,
+        "samples": data,
+        "settings": job.config.deciding(),
+        "versions": versions() | {"onnx-lrs": __version__},
+        "machine": arithmetic(),
+    }
+    words = {
+        "what this is": "finished parts of one onnx-lrs run; it may be deleted when the run is done",
+        "model file": "given in memory" if isinstance(job.source, onnx.ModelProto) else str(job.source),
+        "calibration data": "none" if samples is None else samples.description,
+    }
+    return Identity(deciding, words)
+
+
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Outcome:
     """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended.
 
     ``seen`` are dense layers behind compressed ones: their weights stay, what comes out of them does not.
@@ -311,7 +349,7 @@ class Work:
     seen: dict[str, Fitted] = dataclasses.field(default_factory=dict)
 
 
-def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) -> Work:
+def _plan_and_fit(job: Job, subject: Subject, material: Material, work: Work, clock: Clock) -> Outcome:
     """Two passes over the data: error curves of all layers and the plan, then the chosen layers on more samples.
 
     A gain needs no plan: every layer becomes as small as its own error allows.
@@ -337,22 +375,22 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
         if material.samples is not None and subject.layers:
             capture = Capture(subject.folded, subject.layers, material.samples, setting, clock.timer)
             stack.callback(capture.close)
-        workers = stack.enter_context(Workers(config.jobs or config.threads, config.threads, job.executor))
-        shop = Shop(bench, capture, setting, workers, clock.timer)
-        plan = None
         if _in_cascade(job, material):
-            shelf = Shelf(stack.enter_context(Store(config.memory_bytes // SHELF_SHARE)))
+            shelf = Shelf(stack.enter_context(Store(config.memory_bytes // SHELF_SHARE)), work)
+        workers = stack.enter_context(Workers(config.jobs or config.threads, config.threads, job.executor))
+        shop = Shop(bench, capture, setting, workers, clock.timer, shelf, work)
+        plan = None
         if config.budget.kind != "gain":
-            plan = _plan(job, subject, material, shop, shelf, clock)
+            plan = _plan(job, subject, material, shop, clock)
         if shelf is not None and plan is not None:
-            fitted, seen = _fit_in_cascade(job, subject, material, shop, (plan, shelf), clock)
-            return Work(fitted, seen=seen)
+            fitted, seen = _fit_in_cascade(job, subject, material, shop, plan, clock)
+            return Outcome(fitted, seen=seen)
         chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
         roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
             fitted, items, left = _fit(chosen, plan or config.budget.fraction, shop, roles, job.progress)
     if plan is not None:
-        return Work(fitted)
+        return Outcome(fitted)
     if not fitted:
         why = "; ".join(sorted({status.value for status in left.values() if status is not Status.DENSE}))
         raise BudgetError(
@@ -360,7 +398,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, clock: Clock) 
             f"{f': {why}' if why else ''}.",
             "Raise the gain, or use another method.",
         )
-    return Work(fitted, promise(subject, fitted, items), left)
+    return Outcome(fitted, promise(subject, fitted, items), left)
 
 
 def _in_cascade(job: Job, material: Material) -> bool:
@@ -371,43 +409,44 @@ def _in_cascade(job: Job, material: Material) -> bool:
 
 
 def _fit_in_cascade(
-    job: Job, subject: Subject, material: Material, shop: Shop, found: tuple[Plan, Shelf], clock: Clock
+    job: Job, subject: Subject, material: Material, shop: Shop, plan: Plan, clock: Clock
 ) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
     """Fit the plan's candidates alone, from what the plan was made of, then all layers behind each other.
 
     Layers that the plan leaves dense may get new weights, to make up for what the compressed ones lose.
     """
-    plan, shelf = found
+    assert shop.shelf is not None
     assert material.samples is not None
     assert material.split is not None
     chosen = [layer for layer in subject.layers if layer.node in plan.chosen]
     with clock.stage("fit", len(chosen) + len(subject.layers)):
-        starts: dict[str, AnyFactors] = {}
+        starts: dict[str, AnyFactors] = shop.work.found(START, (layer.node for layer in chosen))
         for layer in chosen:
-            question = shop.bench.question(layer, shelf.take(layer.node))
-            with clock.timer.of("solve"):
-                task = Task(question.problem.d, (question, plan.chosen[layer.node]))
-                factors = shop.workers.map(solution_of, [task])[0].factors
-            assert factors is not None  # a candidate saves parameters
-            starts[layer.node] = factors
+            if layer.node not in starts:
+                question = shop.bench.question(layer, shop.shelf.take(layer.node))
+                with clock.timer.of("solve"):
+                    task = Task(question.problem.d, (question, plan.chosen[layer.node]))
+                    factors = shop.workers.map(solution_of, [task])[0].factors
+                starts[layer.node] = shop.work.put(START, layer.node, factors)
             job.progress.step(layer.name)
         cascade = Cascade(subject, shop, (material.samples, material.split), job.config.fit == "cascade")
         return cascade.run(subject.layers, starts, job.progress)
 
 
-def _plan(job: Job, subject: Subject, material: Material, shop: Shop, shelf: Shelf | None, clock: Clock) -> Plan:
+def _plan(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Plan:
     """Choose a candidate for each layer: error curves, weighed by how much each layer's error moves the outputs."""
     config, split = job.config, material.split
-    bench, setting = shop.bench, shop.setting
+    setting, work = shop.setting, shop.work
     roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
-    with clock.stage("plan", _step_count(subject.layers, roles, material, setting, bench.with_columns)):
-        curves, probes = error_curves(subject, shop, roles, job.progress, shelf)
+    with clock.stage("plan", _step_count(subject.layers, roles, material, setting, shop.bench.with_columns)):
+        curves, probes = error_curves(subject, shop, roles, job.progress)
     if probes and material.samples is not None and split is not None:
         with clock.stage("sensitivity", len(probes)):
             batching = subject.batch, subject.dynamic_batch, config.threads
-            found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress)
+            found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress, work)
             curves = weighted(curves, found)
-    return make_plan(subject, curves, config.budget)
+    chosen = work.get(PLAN, PLAN)
+    return Plan(work.put(PLAN, PLAN, make_plan(subject, curves, config.budget).chosen) if chosen is None else chosen)
 
 
 def _step_count(
@@ -420,6 +459,7 @@ def _step_count(
 
 
 Items = dict[str, NDArray[np.int64] | None]
+Fit = tuple[Fitted | Status, NDArray[np.int64] | None]  # of one layer, or why it stays dense; the samples it saw
 
 
 def _fit(
@@ -429,26 +469,38 @@ def _fit(
 
     Returns what was fitted, which samples the columns came from, and how the solves of layers left dense ended.
     """
-    bench, capture = shop.bench, shop.capture
+    bench, work = shop.bench, shop.work
     fitted: dict[str, Fitted] = {}
     left: dict[str, Status] = {}
     items: Items = {}
+    known: dict[str, Fit] = work.found(FITTED, (layer.node for layer in layers))
     for group in groups(layers, len(roles), bench.memory_bytes, bench.with_columns):
-        statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
-        questions = [bench.question(layer, statistics.get(layer.node, {})) for layer in group]
-        solve: Callable[..., Solution | None] = solution_of if isinstance(plan, Plan) else solution_within
-        wanted = [plan.chosen[layer.node] if isinstance(plan, Plan) else plan for layer in group]
-        asked = list(zip(questions, wanted, strict=True))
-        tasks = [Task(pair[0].problem.d, pair) for pair in asked]
-        solutions = shop.workers.map(solve, tasks, shop.at_once(group, len(roles)))
-        for layer, question, solution in zip(group, questions, solutions, strict=True):
+        rest = [layer for layer in group if layer.node not in known]
+        statistics = shop.captured(group, roles, progress, known)
+        questions = [bench.question(layer, statistics.get(layer.node, {})) for layer in rest]
+
+        def finish(
+            number: int,
+            solution: Solution | None,
+            rest: Sequence[Layer] = rest,
+            questions: Sequence[Question] = questions,
+            statistics: dict[str, dict[str, Statistic]] = statistics,
+        ) -> None:
+            layer = rest[number]
             own = statistics.pop(layer.node, {})
-            found = bench.outcome(layer, question, solution, own)
+            done = bench.outcome(layer, questions[number], solution, own)
+            known[layer.node] = work.put(FITTED, layer.node, (done, own[FIT].items if FIT in own else None))
+
+        solve: Callable[..., Solution | None] = solution_of if isinstance(plan, Plan) else solution_within
+        wanted = [plan.chosen[layer.node] if isinstance(plan, Plan) else plan for layer in rest]
+        tasks = [Task(q.problem.d, (q, each)) for q, each in zip(questions, wanted, strict=True)]
+        shop.workers.map(solve, tasks, shop.at_once(group, len(roles)), finish)
+        for layer in group:
+            found, items[layer.node] = known.pop(layer.node)
             if isinstance(found, Status):
                 left[layer.node] = found
             else:
                 fitted[layer.node] = found
-            items[layer.node] = own[FIT].items if FIT in own else None
             progress.step(layer.name)
     return fitted, items, left
 
@@ -543,14 +595,14 @@ def _mapped_notes(subject: Subject) -> list[str]:
     return ["Both latencies are those of weights mapped from their files; ONNX Runtime's default packs them in memory."]
 
 
-def _layer_results(subject: Subject, rewritten: Rewritten, work: Work, known: bool) -> tuple[LayerResult, ...]:
+def _layer_results(subject: Subject, rewritten: Rewritten, work: Outcome, known: bool) -> tuple[LayerResult, ...]:
     """Return what became of each layer; ``known`` says whether there are samples that errors were measured on."""
     kept = rewritten.kept_outputs
     return tuple(_layer_result(subject, layer, kept.get(layer.node), work, known) for layer in subject.layers)
 
 
 def _layer_result(
-    subject: Subject, layer: Layer, outputs: NDArray[np.int64] | None, work: Work, known: bool
+    subject: Subject, layer: Layer, outputs: NDArray[np.int64] | None, work: Outcome, known: bool
 ) -> LayerResult:
     done = work.fitted.get(layer.node)
     judged = done or work.seen.get(layer.node)
@@ -636,10 +688,10 @@ def _called(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-def _fit_notes(subject: Subject, work: Work) -> list[str]:
+def _fit_notes(subject: Subject, outcome: Outcome) -> list[str]:
     """Return how solves ended that did not simply succeed, and why guarantees add up to none for the network."""
-    fitted, notes = work.fitted, []
-    ended = work.left | {node: done.status for node, done in fitted.items()}
+    fitted, notes = outcome.fitted, []
+    ended = outcome.left | {node: done.status for node, done in fitted.items()}
     for status in Status:
         names = [layer.name for layer in subject.layers if ended.get(layer.node) is status]
         if names and status not in (Status.SOLVED, Status.DENSE):
@@ -653,8 +705,8 @@ def _fit_notes(subject: Subject, work: Work) -> list[str]:
                 f"{layer.name}: {done.activation_error:.1%} off on held-out samples, more than the "
                 f"{done.allowed / done.scale:.1%} that were kept to on the calibration columns; give more data."
             )
-    if isinstance(work.promised, str):
-        notes.append(f"No bound for the whole network: {work.promised}.")
+    if isinstance(outcome.promised, str):
+        notes.append(f"No bound for the whole network: {outcome.promised}.")
     return notes
 
 
@@ -686,6 +738,8 @@ def _side_notes(job: Job, material: Material, quality: tuple[OutputQuality, ...]
     notes = []
     if material.labels is not None and all(output.accuracy_before is None for output in quality or ()):
         notes.append("The labels were not used: no floating-point output has the shape (batch, classes).")
+    if job.config.work is not None:
+        notes.append(f"The work folder {job.config.work} is no longer needed and may be deleted.")
     if external and job.output is not None:
         notes.append(f"Its weights are in {models.external_name(job.output)} beside it, as the original's are outside.")
     return notes

@@ -22,6 +22,7 @@ ON_THE_GROUND = {
     "onnx_lrs.config": {"onnx_lrs.errors"},
     "onnx_lrs.images": {"onnx_lrs.config", "onnx_lrs.errors"},
     "onnx_lrs.data": {"onnx_lrs.config", "onnx_lrs.errors", "onnx_lrs.images"},
+    "onnx_lrs.work": {"onnx_lrs.errors"},
 }
 OPTIONAL = {"matplotlib", "torch", "dask", "cvxpy"}
 BROAD = {"Exception", "BaseException"}

@@ -86,6 +86,7 @@ def test_no_flags_give_the_default_settings():
         (["--shape", "x:1,3,8,8", "a:0:2"], "shapes", {"x": (1, 3, 8, 8), "a:0": (2,)}),
         (["--shape", "x:1,3", "--shape", "y:4"], "shapes", {"x": (1, 3), "y": (4,)}),
         (["--random-data"], "random_data", True),
+        (["--work", "kept/here"], "work", "kept/here"),
         (["--preset", "caffe"], "preprocess", Preprocess.from_preset("caffe")),
         (["--resize", "256"], "preprocess", Preprocess(resize=256)),
         (["--resize", "256x320"], "preprocess", Preprocess(resize=(256, 320))),
@@ -340,6 +341,10 @@ def test_ctrl_c_ends_with_130(capsys):
     code, _ = run([*BARE, "-q"], KeyboardInterrupt())
     assert code == 130
     assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    code, _ = run([*BARE, "-q", "--work", "kept"], KeyboardInterrupt())
+    assert code == 130
+    told = "interrupted; nothing was written\nThe same command continues from what kept holds.\n"
+    assert capsys.readouterr().err == told
 
 
 def test_ctrl_c_after_the_file_was_written_does_not_deny_it(capsys, monkeypatch):

@@ -17,7 +17,7 @@ from onnx_lrs.graph.forms import element_params, is_in_parts, stored_entries
 from onnx_lrs.graph.layers import find, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import rewrite
-from onnx_lrs.pipeline import Work
+from onnx_lrs.pipeline import Outcome
 from onnx_lrs.planning.candidates import Fitted
 from onnx_lrs.runtime import session as sessions
 from onnx_lrs.runtime.session import Session
@@ -385,7 +385,7 @@ def test_a_session_of_a_model_beyond_the_limit_of_protobuf(monkeypatch):
 # ---------------------------------------------------------------- the whole way
 
 
-def largest_entries(job, subject, material, clock):
+def largest_entries(job, subject, *_):
     """Stand in for plan and fit: a tenth of each layer's entries, on every second layer besides rank 2."""
     found = {}
     for number, layer in enumerate(subject.layers):
@@ -400,7 +400,7 @@ def largest_entries(job, subject, material, clock):
 
 @pytest.fixture
 def whole_way(monkeypatch):
-    monkeypatch.setattr(pipeline, "_plan_and_fit", lambda *given: Work(largest_entries(*given)))
+    monkeypatch.setattr(pipeline, "_plan_and_fit", lambda *given: Outcome(largest_entries(*given)))
 
     def run_it(model, output=None, **changes):
         return onnx_lrs.compress(model, output, config=onnx_lrs.Config(threads=1, **changes))
@@ -440,7 +440,7 @@ def test_the_report_counts_the_rows_that_are_left(monkeypatch):
     nodes = [node("Conv", ["x", "w"], ["c"], name="first"), node("Conv", ["c", "v"], ["y"], name="second")]
     model = make(nodes, {"x": (1, CHANNELS, 12, 12)}, ["y"], constants)
     found = {"c": Fitted(first, 0.5), "y": Fitted(keeping(second, kept, 9), 0.5)}
-    monkeypatch.setattr(pipeline, "_plan_and_fit", lambda *_: Work(found))
+    monkeypatch.setattr(pipeline, "_plan_and_fit", lambda *_: Outcome(found))
     result = onnx_lrs.compress(model, config=onnx_lrs.Config(threads=1))
     left = first.sparse[list(kept)].nnz
     assert (result.layers[0].kept_outputs, result.layers[0].elements) == (3, left)

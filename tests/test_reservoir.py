@@ -474,7 +474,7 @@ def test_a_run_with_columns_gives_the_same_to_a_method_that_ignores_them(monkeyp
     monkeypatch.setitem(METHODS, wanted.method, dataclasses.replace(METHODS[wanted.method], needs_columns=True))
     asked = []
     statistics = Capture.statistics
-    monkeypatch.setattr(Capture, "statistics", lambda *given: asked.append(given[-1]) or statistics(*given))
+    monkeypatch.setattr(Capture, "statistics", lambda *given: asked.append(given[4]) or statistics(*given))
     other = compress(net.model, data=net.data, config=wanted)
     assert asked
     assert all(flag is True for flag in asked)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -200,6 +200,7 @@ class Capture:
         self._setting = setting
         self._timer = timer or Timer()
         self._pass: _Pass | None = None
+        self._passed: list[tuple[Sequence[Layer], Roles]] = []
 
     def moments(self, group: Sequence[Layer], roles: Roles, progress: Progress) -> dict[str, dict[str, Moments]]:
         """Return node -> role -> moments, for those who need nothing else; see :meth:`statistics`."""
@@ -207,9 +208,17 @@ class Capture:
         return {node: {role: s.moments for role, s in own.items()} for node, own in found.items()}
 
     def statistics(
-        self, group: Sequence[Layer], roles: Roles, progress: Progress, with_columns: bool = False
+        self,
+        group: Sequence[Layer],
+        roles: Roles,
+        progress: Progress,
+        with_columns: bool = False,
+        known: Collection[str] = (),
     ) -> dict[str, dict[str, Statistic]]:
         """Return node -> role -> statistic; wide layers get the moments of W x and no columns.
+
+        Layers in ``known`` get none. The network is run through them all the same, cut as it would be without them:
+        where it is cut decides what ONNX Runtime fuses, and that the last bits.
 
         Raises
         ------
@@ -217,19 +226,35 @@ class Capture:
             If an activation is not finite (names layer and samples).
         """
         memory = self._setting.memory_bytes
-        found = self._gather(group, roles, progress, with_columns)
+        wanted = [layer for layer in group if layer.node not in known]
+        if not wanted:
+            self._passed.append((group, roles))
+            for items in roles.values():
+                for _ in range(steps(items, self._setting)):
+                    progress.step("known samples")
+            return {}
+        self._catch_up(roles)
+        found = self._gather(group, wanted, roles, progress, with_columns)
         return {
             layer.node: {
                 role: _cut(own[key_of(layer, memory)], solver_rows(layer, memory)) for role, own in found.items()
             }
-            for layer in group
+            for layer in wanted
         }
 
+    def _catch_up(self, roles: Roles) -> None:
+        """Run the network through the groups that were passed by, now that a later one is wanted."""
+        passed, self._passed = self._passed, []
+        for group, earlier in passed:
+            if _same(earlier, roles):
+                for _ in self._calls(group, roles):
+                    continue
+
     def _gather(
-        self, group: Sequence[Layer], roles: Roles, progress: Progress, with_columns: bool
+        self, group: Sequence[Layer], wanted: Sequence[Layer], roles: Roles, progress: Progress, with_columns: bool
     ) -> dict[str, dict[Key, Statistic]]:
         memory = self._setting.memory_bytes
-        firsts = {key_of(layer, memory): layer for layer in reversed(group)}
+        firsts = {key_of(layer, memory): layer for layer in reversed(wanted)}
         rows = {k: reservoir_rows(v, memory) if with_columns else 0 for k, v in firsts.items()}
         sums = {
             role: {k: Accumulator(v.out if is_wide(v, memory) else v.d) for k, v in firsts.items()} for role in roles
@@ -297,6 +322,10 @@ class Capture:
         if self._pass is not None:
             self._pass.close()
             self._pass = None
+
+
+def _same(one: Roles, other: Roles) -> bool:
+    return [*one] == [*other] and all(np.array_equal(one[role], other[role]) for role in one)
 
 
 def _inputs(layers: Sequence[Layer]) -> set[str]:
@@ -383,8 +412,7 @@ class _Pass:
 
     def reaches(self, group: Sequence[Layer], roles: Roles) -> bool:
         """Return whether the inputs of some layers lie ahead, for these samples."""
-        same = [*roles] == [*self._roles] and all(np.array_equal(roles[r], self._roles[r]) for r in roles)
-        return same and all(self._frontier.has(name) for name in self._needed(_inputs(group)))
+        return _same(roles, self._roles) and all(self._frontier.has(name) for name in self._needed(_inputs(group)))
 
     def values(self, group: Sequence[Layer]) -> Iterator[tuple[Call, Feed]]:
         """Go on to the inputs of some layers and yield them call by call."""

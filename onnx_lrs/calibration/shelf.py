@@ -10,19 +10,27 @@ from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Statistic
 from onnx_lrs.calibration.store import Store
+from onnx_lrs.errors import OutputError
 from onnx_lrs.solvers.moments import Moments
 from onnx_lrs.solvers.problem import Columns
+from onnx_lrs.work import Work
+
+KIND = "statistics"  # of what is kept
 
 
 class Shelf:
-    """Statistics by node and role; large arrays wait in a :class:`onnx_lrs.calibration.store.Store`."""
+    """Statistics by node and role, in the work folder; without one they wait in a store and are gone with it."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, work: Work) -> None:
         self._store = store
+        self._work = work
         self._known: dict[str, dict[str, tuple[int, bool]]] = {}
 
     def put(self, node: str, statistics: Mapping[str, Statistic]) -> None:
         """Put aside what is known of a layer."""
+        if self._work.folder is not None:
+            self._work.put(KIND, node, dict(statistics))
+            return
         self._known[node] = {}
         for role, each in statistics.items():
             self._known[node][role] = each.moments.count, each.columns is not None
@@ -32,8 +40,26 @@ class Shelf:
             for number, values in enumerate(parts):
                 self._store.put((node, role), number, np.ascontiguousarray(values))
 
+    def has(self, node: str) -> bool:
+        """Return whether a layer's statistics are there."""
+        return node in self._known or self._work.has(KIND, node)
+
     def take(self, node: str) -> dict[str, Statistic]:
-        """Return what is known of a layer, and forget it."""
+        """Return what is known of a layer, and forget it; what lies in a work folder stays there.
+
+        Raises
+        ------
+        OutputError
+            If it has gone from the work folder, or was damaged, since the run began.
+        """
+        if self._work.folder is not None:
+            kept: dict[str, Statistic] | None = self._work.get(KIND, node, mapped=True)
+            if kept is None:
+                raise OutputError(
+                    f"The statistics of {node!r} are no longer in {self._work.folder}.",
+                    "Leave the work folder alone while a run uses it; the same command makes them again.",
+                )
+            return kept
         found = {}
         for role, (count, sampled) in self._known.pop(node, {}).items():
             values = [np.asarray(self._store.get((node, role), number)) for number in range(4 if sampled else 2)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import math
 import os
 import pathlib
@@ -64,6 +65,43 @@ def load(source: ModelSource) -> onnx.ModelProto:
         _find_external_data(model, path.parent)
     _check_usable(model)
     return model
+
+
+def digest(source: ModelSource) -> str:
+    """Return a hash of a model with its weights: of the bytes of its files, or of its fields in memory.
+
+    Raises
+    ------
+    ModelError
+        If a file cannot be read.
+    """
+    found = hashlib.sha256()
+    if isinstance(source, onnx.ModelProto):
+        for piece in _pieces(source):
+            found.update(len(piece).to_bytes(8, "little") + piece)
+        return found.hexdigest()
+    path = pathlib.Path(source)
+    for place in (path, *(path.parent / name for name in sorted(external_places(path)))):
+        try:
+            with place.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ModelError(f"{place} cannot be read: {error.strerror or error}.", "Check the path.") from None
+    return found.hexdigest()
+
+
+def _pieces(message: Any) -> Iterator[bytes]:
+    """Yield the fields of a model and of its graph one by one: as a whole it may be too large for protobuf."""
+    for field, value in message.ListFields():
+        yield field.name.encode()
+        if field.name == "graph":
+            yield from _pieces(value)
+        elif hasattr(value, "SerializeToString"):
+            yield value.SerializeToString(deterministic=True)
+        elif isinstance(value, int | float | str | bytes):
+            yield repr(value).encode()
+        else:
+            yield from (each.SerializeToString(deterministic=True) for each in value)
 
 
 def _refuse_external(model: onnx.ModelProto) -> None:

@@ -25,6 +25,7 @@ from onnx_lrs.solvers.problem import Budget as LayerBudget
 LOW_RANK = ("lrs", "hsvd", "svd", "admm", "greedy")  # methods that low rank alone may stand in for
 BLOCK = 4096  # columns of W taken to float64 at a time, or sampled columns multiplied at a time
 FIT, SELECT, JUDGE = "fit", "select", "judge"
+FITTED = "fitted"  # kind of what is kept
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from onnx_lrs.graph.layers import Layer, tensors_around
 from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import as_dense, rewrite
 from onnx_lrs.graph.segments import Cutter
-from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Fitted
+from onnx_lrs.planning.candidates import FIT, FITTED, JUDGE, SELECT, Fitted
 from onnx_lrs.planning.refits import Place, refits
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.progress import Progress
@@ -132,6 +132,8 @@ class Cascade:
     ) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
         """Return the layers that change, by node, and those that stay as they are, for the errors they see.
 
+        What was fitted in an earlier run is only put in its place.
+
         Parameters
         ----------
         layers : sequence of Layer
@@ -144,9 +146,12 @@ class Cascade:
         """
         memory, cutter = self._setting.memory_bytes, Cutter(self._subject.view, tensors_around(layers))
         layers = [layer for layer in layers if layer.node in starts or self._may_change(cutter, layer, starts)]
-        levels = levels_of(cutter, with_targets(cutter, layers, self._subject.shapes)) if layers else []
-        fitted: dict[str, Fitted] = {}
-        stay: dict[str, Fitted] = {}
+        known: dict[str, Fitted] = self._shop.work.found(FITTED, (layer.node for layer in layers))
+        if len(known) == len(layers):
+            for layer in layers:
+                progress.step(layer.name)
+            return _sorted_out(known, starts)
+        levels = levels_of(cutter, with_targets(cutter, layers, self._subject.shapes))
         with Store(memory // ACTIVATIONS_SHARE) as store:
             courses = self._begin(cutter, levels, store)
             for number, level in enumerate(levels):
@@ -154,30 +159,38 @@ class Cascade:
                 totals = {layer.behind.total for layer in level.layers}
                 _exhaust(courses.original.advance(level.nodes, later | totals))
                 for group in groups(level.layers, 1, memory, with_columns=True):
-                    for node, done in self._fit(group, starts, courses, progress).items():
-                        (fitted if node in starts or done.gain > WORTH else stay)[node] = done
+                    rest = [layer for layer in group if layer.node not in known]
+                    if rest:
+                        self._fit(rest, starts, courses, known)
+                    for layer in group:
+                        progress.step(layer.name)
                 if level.layers:
-                    change = functools.partial(self._replaced, level.layers, fitted)
+                    change = functools.partial(self._replaced, level.layers, _sorted_out(known, starts)[0])
                     _exhaust(courses.compressed.advance(level.nodes, later, change=change))
                 for network in (courses.original, courses.compressed):
                     network.release(later)
-        return fitted, stay
+        return _sorted_out(known, starts)
 
     def _may_change(self, cutter: Cutter, layer: Layer, starts: Collection[str]) -> bool:
         """Return whether a dense layer can make up for something; of wide ones no dense refit is known."""
         return not self._shop.bench.in_outputs(layer) and is_behind(cutter, layer, starts)
 
     def _fit(
-        self, group: Sequence[Layer], starts: Mapping[str, AnyFactors], courses: Courses, progress: Progress
-    ) -> dict[str, Fitted]:
-        """Return the layers of a group."""
-        view, pairs = self._subject.view, self._pairs(group, courses)
+        self,
+        group: Sequence[Layer],
+        starts: Mapping[str, AnyFactors],
+        courses: Courses,
+        known: dict[str, Fitted],
+    ) -> None:
+        """Put the layers of a group among the known ones."""
+        view, pairs, work = self._subject.view, self._pairs(group, courses), self._shop.work
         places = [Place(la, starts.get(la.node) or as_dense(view, la), pairs[la.node]) for la in group]
+
+        def finish(layer: Layer, fitted: Fitted) -> None:
+            known[layer.node] = work.put(FITTED, layer.node, fitted)
+
         with self._timer.of("solve"):
-            found = refits(self._shop.bench, places, self._shop.workers, self._behind_activation, lambda name: None)
-        for layer in group:
-            progress.step(layer.name)
-        return found
+            refits(self._shop.bench, places, self._shop.workers, self._behind_activation, finish)
 
     def _begin(self, cutter: Cutter, levels: Sequence[Level], store: Store) -> Courses:
         setting, timer = self._setting, self._timer
@@ -224,6 +237,12 @@ class Cascade:
     ) -> onnx.ModelProto:
         factors = {layer.node: fitted[layer.node].factors for layer in layers if layer.node in fitted}
         return rewrite(View(model), layers, factors, self._subject.ranks).model
+
+
+def _sorted_out(known: Mapping[str, Fitted], starts: Collection[str]) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
+    """Return the layers that change, and the dense ones for which it is not worth it."""
+    changes = {node: done for node, done in known.items() if node in starts or done.gain > WORTH}
+    return changes, {node: done for node, done in known.items() if node not in changes}
 
 
 def is_behind(cutter: Cutter, layer: Layer, starts: Collection[str]) -> bool:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from onnx_lrs.calibration.capture import Roles, groups
-from onnx_lrs.calibration.shelf import Shelf
+from onnx_lrs.calibration.capture import Roles, Statistic, groups
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.config import Budget
 from onnx_lrs.errors import BudgetError
@@ -30,6 +29,8 @@ from onnx_lrs.solvers.spatial import FORM
 SLACK_ROUNDS = 8
 SLACK_SHARE = 0.005  # of the limit: less is not worth another round
 Curves = Mapping[str, Sequence[Candidate]]
+Curve = tuple[list[Candidate], tuple[float, AnyFactors] | None]  # of one layer, with its probe's loss and factors
+CURVE, PLAN, START = "curve", "plan", "start"  # kinds of what is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,29 +48,58 @@ def error_curves(
     shop: Shop,
     roles: Roles,
     progress: Progress,
-    shelf: Shelf | None = None,
 ) -> tuple[dict[str, list[Candidate]], dict[str, tuple[float, AnyFactors]]]:
     """Return every layer's candidates, and with data one fitted probe of each layer (see planning/sensitivity.py).
 
-    Statistics are captured group by group; after use they are dropped, or put on the ``shelf``.
+    Statistics are captured group by group; after use they are dropped, or put on the shelf. What is in the work
+    folder already is neither captured nor solved again.
     """
-    bench, capture = shop.bench, shop.capture
+    bench = shop.bench
     found: dict[str, list[Candidate]] = {}
     probes: dict[str, tuple[float, AnyFactors]] = {}
     for group in groups(subject.layers, len(roles), bench.memory_bytes, bench.with_columns):
-        statistics = capture.statistics(group, roles, progress, bench.with_columns) if capture else {}
-        questions = [bench.question(layer, statistics.get(layer.node, {})) for layer in group]
+        known = {layer.node: kept for layer in group if (kept := _kept(layer, shop)) is not None}
+        rest = [layer for layer in group if layer.node not in known]
+        statistics = shop.captured(group, roles, progress, known)
+
+        def finish(
+            number: int,
+            answer: Curve,
+            rest: Sequence[Layer] = rest,
+            statistics: dict[str, dict[str, Statistic]] = statistics,
+            known: dict[str, Curve] = known,
+        ) -> None:
+            layer = rest[number]
+            known[layer.node] = _put(layer, answer, statistics.pop(layer.node, {}), shop)
+
+        questions = [shop.bench.question(layer, statistics.get(layer.node, {})) for layer in rest]
         tasks = [Task(question.problem.d, (question,)) for question in questions]
-        answers = shop.workers.map(candidates_and_probe, tasks, shop.at_once(group, len(roles)))
-        for layer, (candidates, probe) in zip(group, answers, strict=True):
-            found[layer.node] = candidates
+        shop.workers.map(candidates_and_probe, tasks, shop.at_once(group, len(roles)), finish)
+        for layer in group:
+            found[layer.node], probe = known[layer.node]
             if probe is not None:
-                loss, factors = probe
-                probes[layer.node] = loss, bench.of_layer(layer, factors)
-            if shelf is not None and candidates:
-                shelf.put(layer.node, statistics.pop(layer.node))
+                probes[layer.node] = probe
             progress.step(layer.name)
     return found, probes
+
+
+def _kept(layer: Layer, shop: Shop) -> Curve | None:
+    """Return a layer's curve where that was kept, and with it what the fit needs."""
+    curve: Curve | None = shop.work.get(CURVE, layer.node)
+    if curve is None or not curve[0] or shop.shelf is None:
+        return curve
+    return curve if shop.work.has(START, layer.node) or shop.shelf.has(layer.node) else None
+
+
+def _put(layer: Layer, answer: Curve, own: Mapping[str, Statistic], shop: Shop) -> Curve:
+    """Keep a layer's candidates and probe; its statistics go on the shelf."""
+    candidates, probe = answer
+    if shop.shelf is not None and candidates:
+        shop.shelf.put(layer.node, own)
+    if probe is not None:
+        probe = probe[0], shop.bench.of_layer(layer, probe[1])
+    curve: Curve = shop.work.put(CURVE, layer.node, (candidates, probe))
+    return curve
 
 
 def weighted(curves: Curves, sensitivity: Mapping[str, float]) -> dict[str, list[Candidate]]:

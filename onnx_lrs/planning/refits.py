@@ -26,26 +26,28 @@ class Place:
 
 
 def refits(
-    bench: Bench, places: Sequence[Place], workers: Workers, behind_activation: bool, done: Callable[[str], None]
-) -> dict[str, Fitted]:
-    """Return the refitted layers by node: fitted on FIT, chosen on SELECT and judged on JUDGE pairs.
+    bench: Bench,
+    places: Sequence[Place],
+    workers: Workers,
+    behind_activation: bool,
+    done: Callable[[Layer, Fitted], None],
+) -> None:
+    """Refit layers: fitted on FIT, chosen on SELECT and judged on JUDGE pairs.
 
-    ``done`` is told the name of each layer. Every damping of every layer is a solve of its own.
+    Every damping of every layer is a solve of its own. ``done`` is told each layer as soon as it is known.
     """
     problems = [paired_problem(bench, place) for place in places]
     asked = [(i, damping) for i in range(len(places)) for damping in GRID]
     tasks = [Task(problems[i].d, (problems[i], places[i].start, damping)) for i, damping in asked]
-    linear_fits = workers.map(linear, tasks)
     trials = [as_it_is(problem, place.start) for problem, place in zip(problems, places, strict=True)]
-    for (i, _), trial in zip(asked, linear_fits, strict=True):
+    for (i, _), trial in zip(asked, workers.map(linear, tasks), strict=True):
         trials[i].append(trial)
+
+    def finished(number: int, end: Refit) -> None:
+        done(places[number].layer, _fitted(bench, places[number], problems[number], end))
+
     rounds = ROUNDS if behind_activation else ()
-    ends = workers.map(finish, [Task(p.d, (p, own, rounds)) for p, own in zip(problems, trials, strict=True)])
-    found = {}
-    for place, problem, end in zip(places, problems, ends, strict=True):
-        found[place.layer.node] = _fitted(bench, place, problem, end)
-        done(place.layer.name)
-    return found
+    workers.map(finish, [Task(p.d, (p, own, rounds)) for p, own in zip(problems, trials, strict=True)], None, finished)
 
 
 def _fitted(bench: Bench, place: Place, problem: Problem, found: Refit) -> Fitted:

@@ -26,7 +26,9 @@ from onnx_lrs.runtime.session import Feed, Session
 from onnx_lrs.runtime.verify import check_original_finite
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
+from onnx_lrs.work import Work
 
+KIND = "sensitivity"  # of what is kept
 PROBE_LOSS = 0.03  # relative squared error of a probe: about what a plan at half of the parameters gives a layer
 # cifar_resnet20 at params 0.7 / 0.5, without the spatial form, accuracy on 1,000 test images: no weights 90.2 / 78.7,
 # bound 2 89.8 / 81.2, bound 3 87.0 / 81.3, unbounded 87.0 / 77.3; efficientnet_lite0 at 0.8: no weights 72.0, unbounded
@@ -58,6 +60,7 @@ def sensitivities(
     items: NDArray[np.int64],
     batching: tuple[int, bool, int],
     progress: Progress,
+    work: Work,
 ) -> dict[str, float]:
     """Return the sensitivity of every layer that has a probe.
 
@@ -73,6 +76,8 @@ def sensitivities(
         Largest batch, whether the batch is dynamic, threads.
     progress : Progress
         Told one step a layer.
+    work : Work
+        Keeps what was measured.
 
     Raises
     ------
@@ -80,6 +85,11 @@ def sensitivities(
         If the original's own outputs are not finite.
     """
     size, dynamic, threads = batching
+    found: dict[str, float] = work.found(KIND, probes)
+    for node in found:
+        progress.step(node)
+    if len(found) == len(probes):
+        return found
     rows = np.cumsum([samples.rows(int(i)) for i in items])
     few = items[: max(int(np.searchsorted(rows, PROBE_ROWS, side="right")), 1)]
     feeds = [feed for _, feed in batches(samples, few, size, dynamic)]
@@ -88,12 +98,12 @@ def sensitivities(
     names = [name for name, value in reference[0].items() if value.dtype.kind == "f"]
     for name in names:
         check_original_finite(name, (outputs[name] for outputs in reference))
-    found: dict[str, float] = {}
     for layer in subject.layers if names else ():
-        if layer.node not in probes:
+        if layer.node not in probes or layer.node in found:
             continue
         loss, factors = probes[layer.node]
-        found[layer.node] = _change(subject, layer, factors, feeds, reference, threads) / loss
+        change = _change(subject, layer, factors, feeds, reference, threads)
+        found[layer.node] = work.put(KIND, layer.node, change / loss)
         progress.step(layer.name)
     return found
 

@@ -56,11 +56,20 @@ class Workers:
             self._own.shutdown(cancel_futures=True)
             self._own = None
 
-    def map(self, function: Callable[..., Result], tasks: Sequence[Task], most: int | None = None) -> list[Result]:
-        """Return the results in the order of the tasks; at most ``most`` solves run at once."""
+    def map(
+        self,
+        function: Callable[..., Result],
+        tasks: Sequence[Task],
+        most: int | None = None,
+        done: Callable[[int, Result], None] | None = None,
+    ) -> list[Result]:
+        """Return the results in the order of the tasks; at most ``most`` solves run at once.
+
+        ``done`` is told each result with its task's number when it is known, in this thread.
+        """
         executor = self._given or self._own
         if executor is None or len(tasks) < 2:
-            return [_limited(self._threads, task.size, function, task.arguments) for task in tasks]
+            return [self._alone(function, number, task, done) for number, task in enumerate(tasks)]
         shared = isinstance(executor, concurrent.futures.ThreadPoolExecutor)
         apart = [i for i, task in enumerate(tasks) if shared and task.size >= LARGE]
         together = [i for i in range(len(tasks)) if i not in set(apart)]
@@ -69,9 +78,19 @@ class Workers:
         with threads_for(0, self._threads) if shared else contextlib.nullcontext():
             for number, result in self._windowed(executor, function, [(i, tasks[i]) for i in together], most):
                 found[number] = result
+                if done is not None:
+                    done(number, result)
         for number in apart:
-            found[number] = _limited(self._threads, tasks[number].size, function, tasks[number].arguments)
+            found[number] = self._alone(function, number, tasks[number], done)
         return [found[number] for number in range(len(tasks))]
+
+    def _alone(
+        self, function: Callable[..., Result], number: int, task: Task, done: Callable[[int, Result], None] | None
+    ) -> Result:
+        result = _limited(self._threads, task.size, function, task.arguments)
+        if done is not None:
+            done(number, result)
+        return result
 
     def _windowed(
         self,

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
+import pathlib
 import platform
 import sys
 from typing import Any
+
+from threadpoolctl import threadpool_info
 
 PACKAGES = ("onnx-lrs", "numpy", "scipy", "onnx", "onnx-graphsurgeon", "onnxruntime-gpu", "onnxruntime")
 
 
 def environment(provider: str, threads: int, seed: int) -> dict[str, Any]:
     """Return versions of what decides the result, the machine's kind, and how it was used."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), **versions()},
         "platform": platform.platform(terse=True),
         "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
@@ -28,6 +26,39 @@ def environment(provider: str, threads: int, seed: int) -> dict[str, Any]:
         "threads": threads,
         "seed": seed,
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the installed packages that decide the result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def arithmetic() -> dict[str, Any]:
+    """Return what decides the last bits of a result besides the versions: the machine, and which BLAS kernels it gets.
+
+    With them comes a hash of this package's own source.
+    """
+    names = ("prefix", "version", "architecture", "threading_layer", "num_threads")
+    libraries = [{name: one.get(name) for name in names} for one in threadpool_info() if one["user_api"] == "blas"]
+    return {
+        "machine": platform.machine(),
+        "blas": sorted(libraries, key=str),
+        "source": _source_digest(),
+    }
+
+
+def _source_digest() -> str:
+    package = pathlib.Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def peak_memory_bytes() -> int:
