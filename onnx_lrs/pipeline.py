@@ -338,15 +338,11 @@ def _identity(job: Job, material: Material, clock: Clock) -> Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended.
-
-    ``seen`` are dense layers behind compressed ones: their weights stay, what comes out of them does not.
-    """
+    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended."""
 
     fitted: dict[str, Fitted]
     promised: Promise | str | None = None
     left: dict[str, Status] = dataclasses.field(default_factory=dict)
-    seen: dict[str, Fitted] = dataclasses.field(default_factory=dict)
 
 
 def _plan_and_fit(job: Job, subject: Subject, material: Material, work: Work, clock: Clock) -> Outcome:
@@ -383,8 +379,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, work: Work, cl
         if config.budget.kind != "gain":
             plan = _plan(job, subject, material, shop, clock)
         if shelf is not None and plan is not None:
-            fitted, seen = _fit_in_cascade(job, subject, material, shop, plan, clock)
-            return Outcome(fitted, seen=seen)
+            return Outcome(_fit_in_cascade(job, subject, material, shop, plan, clock))
         chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
         roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
@@ -410,16 +405,13 @@ def _in_cascade(job: Job, material: Material) -> bool:
 
 def _fit_in_cascade(
     job: Job, subject: Subject, material: Material, shop: Shop, plan: Plan, clock: Clock
-) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
-    """Fit the plan's candidates alone, from what the plan was made of, then all layers behind each other.
-
-    Layers that the plan leaves dense may get new weights, to make up for what the compressed ones lose.
-    """
+) -> dict[str, Fitted]:
+    """Fit the plan's candidates alone, from what the plan was made of, then in graph order behind each other."""
     assert shop.shelf is not None
     assert material.samples is not None
     assert material.split is not None
     chosen = [layer for layer in subject.layers if layer.node in plan.chosen]
-    with clock.stage("fit", len(chosen) + len(subject.layers)):
+    with clock.stage("fit", 2 * len(chosen)):
         starts: dict[str, AnyFactors] = shop.work.found(START, (layer.node for layer in chosen))
         for layer in chosen:
             if layer.node not in starts:
@@ -430,7 +422,7 @@ def _fit_in_cascade(
                 starts[layer.node] = shop.work.put(START, layer.node, factors)
             job.progress.step(layer.name)
         cascade = Cascade(subject, shop, (material.samples, material.split), job.config.fit == "cascade")
-        return cascade.run(subject.layers, starts, job.progress)
+        return cascade.run(chosen, starts, job.progress)
 
 
 def _plan(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Plan:
@@ -595,17 +587,16 @@ def _mapped_notes(subject: Subject) -> list[str]:
     return ["Both latencies are those of weights mapped from their files; ONNX Runtime's default packs them in memory."]
 
 
-def _layer_results(subject: Subject, rewritten: Rewritten, work: Outcome, known: bool) -> tuple[LayerResult, ...]:
+def _layer_results(subject: Subject, rewritten: Rewritten, outcome: Outcome, known: bool) -> tuple[LayerResult, ...]:
     """Return what became of each layer; ``known`` says whether there are samples that errors were measured on."""
     kept = rewritten.kept_outputs
-    return tuple(_layer_result(subject, layer, kept.get(layer.node), work, known) for layer in subject.layers)
+    return tuple(_layer_result(subject, layer, kept.get(layer.node), outcome, known) for layer in subject.layers)
 
 
 def _layer_result(
-    subject: Subject, layer: Layer, outputs: NDArray[np.int64] | None, work: Outcome, known: bool
+    subject: Subject, layer: Layer, outputs: NDArray[np.int64] | None, outcome: Outcome, known: bool
 ) -> LayerResult:
-    done = work.fitted.get(layer.node)
-    judged = done or work.seen.get(layer.node)
+    done = outcome.fitted.get(layer.node)
     macs = subject.macs[layer.node]
     kept_outputs = layer.out if outputs is None else len(outputs)
     factors = done.factors if done else None
@@ -628,8 +619,8 @@ def _layer_result(
         params_after=params,
         macs_before=macs,
         macs_after=_macs_after(subject, layer, factors, outputs, params),
-        error=judged.error if judged else (0.0 if known else None),
-        activation_error=judged.activation_error if judged else None,
+        error=done.error if done else (0.0 if known else None),
+        activation_error=done.activation_error if done else None,
         allowed_error=done.allowed / done.scale if done and done.allowed is not None and done.scale else None,
         reached_error=done.reached / done.scale if done and done.reached is not None and done.scale else None,
         status=done.status.name.lower() if done else "dense",
@@ -646,8 +637,6 @@ def _describe(factors: AnyFactors | None) -> tuple[Form, int, int]:
         return "spatial", factors.rank, 0
     if isinstance(factors, ElementFactors):
         return "low-rank + elements" if factors.rank else "elements", factors.rank, 0
-    if not factors.rank and factors.sparse.shape[1] == factors.right.shape[1]:
-        return "dense", 0, 0  # with other weights
     form: Form = form_of(factors.rank, len(factors.kept))  # type: ignore[assignment]
     return form, factors.rank, len(factors.kept)
 

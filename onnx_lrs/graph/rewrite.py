@@ -73,7 +73,7 @@ def rewrite(
         given = factors.get(layer.node)
         if given is None and layer.node not in alive:
             continue
-        used = given if given is not None else as_dense(view, layer)
+        used = given if given is not None else _as_dense(view, layer)
         _refuse_empty(layer, used)
         rows = alive.get(layer.node)
         source = _source_rows(view, layer, alive)
@@ -139,7 +139,7 @@ def _new_add(view: View, layer: Layer, names: Names, bias: NDArray[np.float64]) 
     return gs.Node(add.op, add.name, add.attrs, inputs, [gs.Variable(layer.bias_add)], domain=add.domain)
 
 
-def as_dense(view: View, layer: Layer) -> Factors:
+def _as_dense(view: View, layer: Layer) -> Factors:
     """Return a dense layer as a sparse part that keeps every channel."""
     empty = np.zeros((layer.out, 0)), np.zeros((0, layer.d))
     everything = np.arange(layer.channels)

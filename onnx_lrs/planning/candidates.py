@@ -35,8 +35,7 @@ class Fitted:
     ``activation_error`` is ||phi(y) - phi(y')||_F / ||phi(y)||_F on the held-out columns that were sampled, phi being
     what follows the layer; None if none were. Unlike ``error`` it counts the mean of y on both sides. ``allowed`` and
     ``reached`` are those of a guarantee, ||phi(y) - phi(y')||_F over the columns of the fit, ``scale`` ||phi(y)||_F.
-    ``damping`` is that of a refit in the cascade, ``gain`` the share of the error behind the activation that it took
-    off what it started from, on the columns that chose it.
+    ``damping`` is that of a refit in the cascade.
     """
 
     factors: AnyFactors
@@ -47,7 +46,6 @@ class Fitted:
     reached: float | None = None
     scale: float | None = None
     damping: float | None = None
-    gain: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

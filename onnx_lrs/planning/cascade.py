@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -32,7 +32,7 @@ from onnx_lrs.data import Samples, Split
 from onnx_lrs.graph.behind import Behind
 from onnx_lrs.graph.layers import Layer, tensors_around
 from onnx_lrs.graph.model import View
-from onnx_lrs.graph.rewrite import as_dense, rewrite
+from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.graph.segments import Cutter
 from onnx_lrs.planning.candidates import FIT, FITTED, JUDGE, SELECT, Fitted
 from onnx_lrs.planning.refits import Place, refits
@@ -41,8 +41,6 @@ from onnx_lrs.progress import Progress
 from onnx_lrs.runtime.session import Feed
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.problem import AnyFactors
-
-WORTH = 0.01  # of the error behind a dense layer: less is no reason to change its weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,30 +125,24 @@ class Cascade:
         self._behind_activation = behind_activation
         self._rows = {role: sum(samples.rows(int(i)) for i in items) for role, items in self._roles.items()}
 
-    def run(
-        self, layers: Sequence[Layer], starts: Mapping[str, AnyFactors], progress: Progress
-    ) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
-        """Return the layers that change, by node, and those that stay as they are, for the errors they see.
-
-        What was fitted in an earlier run is only put in its place.
+    def run(self, layers: Sequence[Layer], starts: Mapping[str, AnyFactors], progress: Progress) -> dict[str, Fitted]:
+        """Return the fitted layers by node; what was fitted in an earlier run is only put in its place.
 
         Parameters
         ----------
         layers : sequence of Layer
-            Those to be fitted, in any order. Dense ones in front of all others are left alone.
+            Those to be compressed.
         starts : mapping of node to factors
-            What each was fitted to alone; form, rank and channels stay. Layers that are missing stay dense: all of
-            their channels are kept, and their weights may change as well.
+            What each was fitted to alone; form, rank and channels stay.
         progress : Progress
             Told one step a layer.
         """
         memory, cutter = self._setting.memory_bytes, Cutter(self._subject.view, tensors_around(layers))
-        layers = [layer for layer in layers if layer.node in starts or self._may_change(cutter, layer, starts)]
         known: dict[str, Fitted] = self._shop.work.found(FITTED, (layer.node for layer in layers))
         if len(known) == len(layers):
             for layer in layers:
                 progress.step(layer.name)
-            return _sorted_out(known, starts)
+            return known
         levels = levels_of(cutter, with_targets(cutter, layers, self._subject.shapes))
         with Store(memory // ACTIVATIONS_SHARE) as store:
             courses = self._begin(cutter, levels, store)
@@ -165,15 +157,11 @@ class Cascade:
                     for layer in group:
                         progress.step(layer.name)
                 if level.layers:
-                    change = functools.partial(self._replaced, level.layers, _sorted_out(known, starts)[0])
+                    change = functools.partial(self._replaced, level.layers, known)
                     _exhaust(courses.compressed.advance(level.nodes, later, change=change))
                 for network in (courses.original, courses.compressed):
                     network.release(later)
-        return _sorted_out(known, starts)
-
-    def _may_change(self, cutter: Cutter, layer: Layer, starts: Collection[str]) -> bool:
-        """Return whether a dense layer can make up for something; of wide ones no dense refit is known."""
-        return not self._shop.bench.in_outputs(layer) and is_behind(cutter, layer, starts)
+        return known
 
     def _fit(
         self,
@@ -183,8 +171,8 @@ class Cascade:
         known: dict[str, Fitted],
     ) -> None:
         """Put the layers of a group among the known ones."""
-        view, pairs, work = self._subject.view, self._pairs(group, courses), self._shop.work
-        places = [Place(la, starts.get(la.node) or as_dense(view, la), pairs[la.node]) for la in group]
+        pairs, work = self._pairs(group, courses), self._shop.work
+        places = [Place(layer, starts[layer.node], pairs[layer.node]) for layer in group]
 
         def finish(layer: Layer, fitted: Fitted) -> None:
             known[layer.node] = work.put(FITTED, layer.node, fitted)
@@ -235,20 +223,8 @@ class Cascade:
     def _replaced(
         self, layers: Sequence[Layer], fitted: Mapping[str, Fitted], model: onnx.ModelProto
     ) -> onnx.ModelProto:
-        factors = {layer.node: fitted[layer.node].factors for layer in layers if layer.node in fitted}
+        factors = {layer.node: fitted[layer.node].factors for layer in layers}
         return rewrite(View(model), layers, factors, self._subject.ranks).model
-
-
-def _sorted_out(known: Mapping[str, Fitted], starts: Collection[str]) -> tuple[dict[str, Fitted], dict[str, Fitted]]:
-    """Return the layers that change, and the dense ones for which it is not worth it."""
-    changes = {node: done for node, done in known.items() if node in starts or done.gain > WORTH}
-    return changes, {node: done for node, done in known.items() if node not in changes}
-
-
-def is_behind(cutter: Cutter, layer: Layer, starts: Collection[str]) -> bool:
-    """Return whether what a layer reads, or is added to, depends on one of the nodes in ``starts``."""
-    before = set(cutter.ancestors([layer.input, *_waits_for(layer)]))
-    return any(cutter.index_of(node) in before for node in starts)
 
 
 def _needed(cutter: Cutter, levels: Sequence[Level]) -> set[str]:

@@ -53,10 +53,8 @@ def refits(
 def _fitted(bench: Bench, place: Place, problem: Problem, found: Refit) -> Fitted:
     layer, judge = place.layer, place.pairs[JUDGE].sample
     error = output_error(problem, found.factors, judge)
-    before, _, after = found.errors
-    gain = 1 - after / before if before > 0 else 0.0
     behind = activation_error(problem, found.factors, judge)
-    return Fitted(bench.of_layer(layer, found.factors), error, behind, damping=found.damping, gain=gain)
+    return Fitted(bench.of_layer(layer, found.factors), error, behind, damping=found.damping)
 
 
 def paired_problem(bench: Bench, place: Place) -> Problem:
