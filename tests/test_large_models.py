@@ -238,9 +238,9 @@ def test_anonymous_memory_does_not_grow_with_the_model(tmp_path):
 @needs_proc
 @pytest.mark.slow
 def test_two_and_a_half_gigabytes(tmp_path):
-    source = tool().make_model(tmp_path, 2500 * MB, 1024, 8192, seed=0)
+    source = tool().make_model(tmp_path, 2500 * MB, 512, 16384, seed=0)
     samples = source.with_name("samples.npz")
-    tool().make_samples(samples, 64, 1024, seed=0)
+    tool().make_samples(samples, 64, 512, seed=0)
     output, begun = tmp_path / "out.onnx", time.perf_counter()
     wish = ("--data", samples, "--params", 0.5, "--memory", "1GiB", "--method", "hsvd", "--quiet")
     anonymous, resident = peaks("-m", "onnx_lrs", source, "-o", output, *wish)
