@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -381,6 +382,8 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, work: Work, cl
         if shelf is not None and plan is not None:
             return Outcome(_fit_in_cascade(job, subject, material, shop, plan, clock))
         chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
+        if capture is not None:
+            capture.expect(chosen)
         roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
         with clock.stage("fit", _step_count(chosen, roles, material, setting, with_columns)):
             fitted, items, left = _fit(chosen, plan or config.budget.fraction, shop, roles, job.progress)
@@ -413,16 +416,26 @@ def _fit_in_cascade(
     chosen = [layer for layer in subject.layers if layer.node in plan.chosen]
     with clock.stage("fit", 2 * len(chosen)):
         starts: dict[str, AnyFactors] = shop.work.found(START, (layer.node for layer in chosen))
-        for layer in chosen:
-            if layer.node not in starts:
-                question = shop.bench.question(layer, shop.shelf.take(layer.node))
-                with clock.timer.of("solve"):
-                    task = Task(question.problem.d, (question, plan.chosen[layer.node]))
-                    factors = shop.workers.map(solution_of, [task])[0].factors
-                starts[layer.node] = shop.work.put(START, layer.node, factors)
-            job.progress.step(layer.name)
+        rest = [layer for layer in chosen if layer.node not in starts]
+        for _ in range(len(chosen) - len(rest)):
+            job.progress.step("known layer")
+
+        def finish(number: int, solution: Solution) -> None:
+            node = rest[number].node
+            starts[node] = shop.bench.mapped(shop.work.put(START, node, solution.factors))
+            job.progress.step(rest[number].name)
+
+        shelf = shop.shelf
+        tasks = [Task(la.d, functools.partial(_from_shelf, shop.bench, la, shelf, plan)) for la in rest]
+        with clock.timer.of("solve"):
+            shop.workers.map(solution_of, tasks, min(shop.at_once([la], 2) for la in rest) if rest else 1, finish)
         cascade = Cascade(subject, shop, (material.samples, material.split), job.config.fit == "cascade")
         return cascade.run(chosen, starts, job.progress)
+
+
+def _from_shelf(bench: Bench, layer: Layer, shelf: Shelf, plan: Plan) -> tuple[Question, Candidate]:
+    """Return what the start of one layer is fitted with, taken from the shelf when its turn comes."""
+    return bench.question(layer, shelf.take(layer.node)), plan.chosen[layer.node]
 
 
 def _plan(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Plan:
@@ -469,23 +482,23 @@ def _fit(
     for group in groups(layers, len(roles), bench.memory_bytes, bench.with_columns):
         rest = [layer for layer in group if layer.node not in known]
         statistics = shop.captured(group, roles, progress, known)
-        questions = [bench.question(layer, statistics.get(layer.node, {})) for layer in rest]
 
         def finish(
             number: int,
             solution: Solution | None,
             rest: Sequence[Layer] = rest,
-            questions: Sequence[Question] = questions,
             statistics: dict[str, dict[str, Statistic]] = statistics,
         ) -> None:
             layer = rest[number]
             own = statistics.pop(layer.node, {})
-            done = bench.outcome(layer, questions[number], solution, own)
+            done = bench.outcome(layer, bench.question(layer, own), solution, own)
             known[layer.node] = work.put(FITTED, layer.node, (done, own[FIT].items if FIT in own else None))
 
         solve: Callable[..., Solution | None] = solution_of if isinstance(plan, Plan) else solution_within
-        wanted = [plan.chosen[layer.node] if isinstance(plan, Plan) else plan for layer in rest]
-        tasks = [Task(q.problem.d, (q, each)) for q, each in zip(questions, wanted, strict=True)]
+        tasks = [
+            Task(layer.d, functools.partial(_asked, bench, layer, statistics.get(layer.node, {}), plan))
+            for layer in rest
+        ]
         shop.workers.map(solve, tasks, shop.at_once(group, len(roles)), finish)
         for layer in group:
             found, items[layer.node] = known.pop(layer.node)
@@ -495,6 +508,13 @@ def _fit(
                 fitted[layer.node] = found
             progress.step(layer.name)
     return fitted, items, left
+
+
+def _asked(
+    bench: Bench, layer: Layer, own: Mapping[str, Statistic], plan: Plan | float
+) -> tuple[Question, Candidate | float]:
+    """Return what a solve of one layer is called with."""
+    return bench.question(layer, own), plan.chosen[layer.node] if isinstance(plan, Plan) else plan
 
 
 def _judge(

@@ -234,6 +234,13 @@ def _with_classes(tree: Any, classes: Mapping[str, type]) -> Any:
 # ------------------------------------------------------------------------------------------------ the folder
 
 
+def _plain(value: Any) -> Any:
+    """Return a NumPy scalar, which a setting may be, as a number of Python's own."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a setting of type {type(value).__name__} cannot be told apart from others")
+
+
 @dataclasses.dataclass(frozen=True)
 class Identity:
     """What parts belong to.
@@ -252,7 +259,7 @@ class Identity:
     @property
     def key(self) -> str:
         """The hash that stands for it, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.deciding, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.deciding, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def _says_nothing(text: str) -> None:
@@ -327,7 +334,7 @@ class Work:
             self._note(f"Going on from {self.folder}: {parts} not computed again.")
         elif others := _others(place, identity):
             self._note(f"Nothing in {place} belongs to this run, it starts from the beginning; {others}.")
-        text = json.dumps({**identity.words, "key": identity.key, **identity.deciding}, indent=2)
+        text = json.dumps({**identity.words, "key": identity.key, **identity.deciding}, indent=2, default=_plain)
         with _replacing(self.folder / DESCRIPTION) as file:
             file.write(text.encode("ascii") + b"\n")
 
@@ -424,7 +431,7 @@ def _others(place: Path, identity: Identity) -> str:
     for path in reversed(files):
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(path.read_text(encoding="ascii"))
-            now = json.loads(json.dumps(identity.deciding))
+            now = json.loads(json.dumps(identity.deciding, default=_plain))
             different = ", ".join(_differences(before, now))
             return f"the run in {path.parent.name} differs in: {different}"
     return ""

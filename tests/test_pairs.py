@@ -6,7 +6,7 @@ import pytest
 from onnx_lrs.calibration.columns import channel_major, columns, is_by_sample, responses
 from onnx_lrs.calibration.frontier import Call
 from onnx_lrs.calibration.pairs import Sink, pair_of, reading_of
-from onnx_lrs.errors import DataError
+from onnx_lrs.errors import VerificationError
 from onnx_lrs.graph.layers import bias_row, find, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.runtime.session import Session, with_outputs
@@ -273,5 +273,5 @@ def test_a_wide_layer_is_read_in_its_outputs():
 def test_values_that_are_not_finite_are_refused_with_the_layers_name():
     (view, layer), shape = matrix("Gemm")
     values = computed(view, {"x": normal(*shape)}, ["y"])
-    with pytest.raises(DataError, match="'layer'"):
+    with pytest.raises(VerificationError, match="'layer'"):
         pairs(view, layer, values, {"x": np.full(shape, np.nan, np.float32)}, samples=6)

@@ -19,6 +19,7 @@ from onnx_lrs.calibration.store import Store
 from onnx_lrs.errors import OutputError
 from onnx_lrs.solvers import Moments
 from onnx_lrs.solvers.problem import Columns
+from onnx_lrs.work import Work
 
 DTYPES = (np.float32, np.float64, np.float16, np.int64, np.uint8, np.bool_)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc or sets limits of the process")
@@ -217,7 +218,7 @@ def test_a_shelf_gives_back_what_was_put_on_it_once(limit):
     )
     plain = Statistic(Moments(5, rng.standard_normal(2), rng.standard_normal((2, 2))))
     with Store(limit) as store:
-        shelf = Shelf(store)
+        shelf = Shelf(store, Work())
         shelf.put("one", {"fit": sampled, "select": plain})
         shelf.put("two", {"fit": plain})
         found = shelf.take("one")

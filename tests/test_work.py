@@ -34,8 +34,8 @@ from onnx_lrs.data import TensorSpec, fingerprint, open_samples
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.layers import find
 from onnx_lrs.graph.model import View
-from onnx_lrs.planning import cascade, plan
-from onnx_lrs.planning.candidates import Bench, Fitted
+from onnx_lrs.planning import cascade, plan, refits
+from onnx_lrs.planning.candidates import Fitted
 from onnx_lrs.progress import Silent
 from onnx_lrs.solvers.problem import ElementFactors, Status
 from onnx_lrs.work import Identity, Work
@@ -339,6 +339,8 @@ def test_the_key_stays_when_nothing_that_decides_changes(tmp_path):
     assert key_of(nets.conv_net(), DATA.copy()) == key
     assert key_of(test=DATA[:5]) == key
     assert key_of(work=str(tmp_path)) == key
+    assert key_of(jobs=3) == key
+    assert key_of(seed=np.int64(0), exclude=()) == key
     assert key_of(data=list(DATA[:, None])) == key_of(data=[{"image": row[None]} for row in DATA])
     onnx.save(nets.conv_net(), tmp_path / "a.onnx")
     onnx.save(nets.conv_net(), tmp_path / "b.onnx")
@@ -366,7 +368,7 @@ OTHER = {
 
 
 def test_the_key_changes_with_every_setting_but_the_folder():
-    assert {field.name for field in dataclasses.fields(Config)} - {"work"} == set(OTHER)
+    assert {field.name for field in dataclasses.fields(Config)} - {"work", "jobs"} == set(OTHER)
     keys = {key_of(), *(key_of(**{name: value}) for name, value in OTHER.items())}
     assert len(keys) == 1 + len(OTHER)
 
@@ -438,21 +440,23 @@ def compressed(case: Case, work: Path | None) -> bytes:
 
 
 @pytest.fixture
-def counted(monkeypatch) -> collections.Counter[tuple[str, str]]:
-    """Counts the solves of each layer."""
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+def counted(monkeypatch) -> collections.Counter[tuple[str, bytes]]:
+    """Counts the solves of each layer, which is told by its weight."""
+    counts: collections.Counter[tuple[str, bytes]] = collections.Counter()
 
-    def wrap(name: str) -> None:
-        real: Callable[..., Any] = getattr(Bench, name)
+    def wrap(module: Any, name: str) -> None:
+        real: Callable[..., Any] = getattr(module, name)
 
-        def counting(self, layer, *args, **more):
-            counts[name if "steps" not in more else "probe", layer.node] += 1
-            return real(self, layer, *args, **more)
+        def counting(first, *args):
+            counts[name, getattr(first, "problem", first).weight.tobytes()] += 1
+            return real(first, *args)
 
-        monkeypatch.setattr(Bench, name, counting)
+        monkeypatch.setattr(module, name, counting)
 
-    for name in ("curve", "fit", "start", "refit", "within"):
-        wrap(name)
+    wrap(plan, "candidates_and_probe")
+    wrap(pipeline, "solution_of")
+    wrap(pipeline, "solution_within")
+    wrap(refits, "finish")
     return counts
 
 
@@ -464,8 +468,9 @@ def test_a_run_that_stops_after_every_part_solves_nothing_twice_and_gives_the_sa
     """Layer by layer: every layer in a pass of its own, as if memory held no two."""
     case = CASES[name]
     if alone:
-        for module in (plan, pipeline, cascade):
+        for module in (plan, pipeline):
             monkeypatch.setattr(module, "groups", lambda layers, *_: [[layer] for layer in layers])
+        monkeypatch.setattr(cascade.Cascade, "_groups", lambda self, layers: [[layer] for layer in layers])
     whole = compressed(case, None)
     expected = counted.copy()
     counted.clear()

@@ -94,12 +94,12 @@ def reservoir_rows(layer: Layer, memory_bytes: int) -> int:
     4 * d of them, at most 20,000, and no more than fit a quarter of the memory or a third of what the layer's d x d
     matrices leave of it: 0 for wide layers. It depends on nothing but d, so that layers with one input can share them.
     """
-    return min(KEPT_PER_WIDTH * layer.d, MOST_KEPT, share_of_memory(layer, memory_bytes) // (4 * layer.d))
+    return min(KEPT_PER_WIDTH * layer.d, MOST_KEPT, share_of_memory(layer.d, memory_bytes) // (4 * layer.d))
 
 
 def solver_rows(layer: Layer, memory_bytes: int) -> int:
     """Return how many of these columns a solver gets, so that its copy of them and its outputs fit a share as well."""
-    room = share_of_memory(layer, memory_bytes) // (4 * layer.d + 4 * ARRAYS_PER_SOLVE * layer.out)
+    room = share_of_memory(layer.d, memory_bytes) // (4 * layer.d + 4 * ARRAYS_PER_SOLVE * layer.out)
     return min(reservoir_rows(layer, memory_bytes), room)
 
 
@@ -108,9 +108,9 @@ def has_few_columns(layer: Layer, memory_bytes: int) -> bool:
     return solver_rows(layer, memory_bytes) < layer.d
 
 
-def share_of_memory(layer: Layer, memory_bytes: int) -> int:
-    """Return the bytes that the sampled columns of one role may take."""
-    left = max(memory_bytes - 8 * layer.d**2 * MATRICES_PER_SOLVE, 0)
+def share_of_memory(width: int, memory_bytes: int) -> int:
+    """Return the bytes that the sampled columns of one role may take, for a solve with matrices of that width."""
+    left = max(memory_bytes - 8 * width**2 * MATRICES_PER_SOLVE, 0)
     return min(memory_bytes // 4, left // SHARES)
 
 
@@ -201,6 +201,11 @@ class Capture:
         self._timer = timer or Timer()
         self._pass: _Pass | None = None
         self._passed: list[tuple[Sequence[Layer], Roles]] = []
+
+    def expect(self, layers: Sequence[Layer]) -> None:
+        """Narrow the layers that may be asked for, from the next pass on: what the others read need not wait."""
+        self.close()
+        self._layers = layers
 
     def moments(self, group: Sequence[Layer], roles: Roles, progress: Progress) -> dict[str, dict[str, Moments]]:
         """Return node -> role -> moments, for those who need nothing else; see :meth:`statistics`."""

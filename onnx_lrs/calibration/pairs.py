@@ -12,15 +12,18 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import check_finite, is_wide, share_of_memory
+from onnx_lrs.calibration.capture import is_wide, share_of_memory
 from onnx_lrs.calibration.columns import channel_major, columns, is_by_sample, responses
 from onnx_lrs.calibration.frontier import Call, Frontier
 from onnx_lrs.calibration.reservoir import Reservoir
+from onnx_lrs.errors import VerificationError
 from onnx_lrs.graph.layers import Layer, affine_behind, weight_matrix
 from onnx_lrs.graph.model import View
 from onnx_lrs.solvers.moments import Accumulator, Moments, permuted
 from onnx_lrs.solvers.problem import Columns, Response
 
+LEAST_KEPT = 64  # columns, whatever the memory
+REFITS = 9  # sets of factors tried for a layer
 MOST_FIT, MOST_JUDGE = 20_000, 4_096  # columns kept to fit behind the activation, and to choose or judge
 Floats = NDArray[np.float32]
 
@@ -60,6 +63,11 @@ def reading_of(view: View, layer: Layer, memory_bytes: int) -> Reading:
     return Reading(layer, layer.out if wide else layer.d, weight, affine_behind(view, layer))
 
 
+def target_of(layer: Layer) -> str:
+    """Return the original's tensor that says what the layer should give: its own output, or the sum it is part of."""
+    return layer.output if layer.behind.shortcut is None else layer.behind.total
+
+
 def pair_of(
     reading: Reading, networks: tuple[Frontier, Frontier], number: int, call: Call, uniform: NDArray[np.float64]
 ) -> Pair:
@@ -68,8 +76,12 @@ def pair_of(
     values = compressed.value(layer.input, number)
     by_sample = is_by_sample(layer, values, len(uniform))
     found = columns(layer, values, uniform)
-    check_finite(layer, found, call)
-    whole = original.value(layer.behind.total, number)
+    if not np.isfinite(found).all():
+        raise VerificationError(
+            f"The input of layer {layer.name!r} is not finite in the compressed network, for sample {call.items[0]}.",
+            "Allow a larger budget, or fit layers alone: --fit independent.",
+        )
+    whole = original.value(target_of(layer), number)
     total = responses(layer, whole, uniform, by_sample)
     scale, shift, shortcut_scale = reading.affine
     offset = None
@@ -80,8 +92,9 @@ def pair_of(
     if shift is not None:
         row = shift.astype(np.float32)
         offset = np.broadcast_to(row, total.shape).copy() if offset is None else offset + row
-    wanted = total if offset is None else total - offset
-    if scale is not None:
+    summed = layer.behind.shortcut is not None
+    wanted = total - offset if summed and offset is not None else total
+    if summed and scale is not None:
         wanted = np.divide(wanted, scale.astype(np.float32), dtype=np.float32)
     if reading.weight is not None:
         found = found @ reading.weight.T
@@ -136,5 +149,12 @@ class Sink:
 
 def rows_to_keep(reading: Reading, memory_bytes: int, fit: bool) -> int:
     """Return how many columns of a layer are kept in a role, within its share of the memory."""
-    width = reading.width + 2 * reading.layer.out
-    return max(min(MOST_FIT if fit else MOST_JUDGE, share_of_memory(reading.layer, memory_bytes) // (4 * width)), 64)
+    row = 4 * (reading.width + 2 * reading.layer.out)
+    return max(min(MOST_FIT if fit else MOST_JUDGE, share_of_memory(reading.width, memory_bytes) // row), LEAST_KEPT)
+
+
+def bytes_of(reading: Reading, memory_bytes: int) -> int:
+    """Return what the pairs of a layer take in memory: samples of three roles, moments, and its linear refits."""
+    row = 4 * (reading.width + 2 * reading.layer.out)
+    rows = rows_to_keep(reading, memory_bytes, fit=True) + 2 * rows_to_keep(reading, memory_bytes, fit=False)
+    return rows * row + 8 * reading.width * (reading.width + (1 + REFITS) * reading.layer.out)

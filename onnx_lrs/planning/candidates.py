@@ -237,6 +237,10 @@ class Bench:
         widened = self.widened(layer, factors) if self.in_outputs(layer) else factors
         return _kept(widened, self.scratch)
 
+    def mapped(self, factors: AnyFactors) -> AnyFactors:
+        """Return the same factors, mapped from the scratch file where there is one."""
+        return _kept(factors, self.scratch)
+
     def widened(self, layer: Layer, factors: AnyFactors) -> Factors:
         """Return factors of W from factors of the identity on its outputs."""
         assert isinstance(factors, Factors)

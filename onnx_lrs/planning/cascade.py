@@ -15,16 +15,18 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_lrs.calibration.capture import ACTIVATIONS_SHARE, groups, lots_of, uniform_numbers, wanted_columns
+from onnx_lrs.calibration.capture import ACTIVATIONS_SHARE, lots_of, uniform_numbers, wanted_columns
 from onnx_lrs.calibration.frontier import Call, Frontier, calls_of
 from onnx_lrs.calibration.pairs import (
     MOST_JUDGE,
     PairStatistic,
     Reading,
     Sink,
+    bytes_of,
     pair_of,
     reading_of,
     rows_to_keep,
+    target_of,
 )
 from onnx_lrs.calibration.store import Store
 from onnx_lrs.calibration.subject import Subject
@@ -148,9 +150,9 @@ class Cascade:
             courses = self._begin(cutter, levels, store)
             for number, level in enumerate(levels):
                 later = _needed(cutter, levels[number + 1 :])
-                totals = {layer.behind.total for layer in level.layers}
+                totals = {target_of(layer) for layer in level.layers}
                 _exhaust(courses.original.advance(level.nodes, later | totals))
-                for group in groups(level.layers, 1, memory, with_columns=True):
+                for group in self._groups(level.layers):
                     rest = [layer for layer in group if layer.node not in known]
                     if rest:
                         self._fit(rest, starts, courses, known)
@@ -162,6 +164,20 @@ class Cascade:
                 for network in (courses.original, courses.compressed):
                     network.release(later)
         return known
+
+    def _groups(self, layers: Sequence[Layer]) -> list[list[Layer]]:
+        """Return the layers of a level in groups whose pairs fit into memory together; at least one a group."""
+        memory = self._setting.memory_bytes
+        found: list[list[Layer]] = []
+        left = 0
+        for layer in layers:
+            size = bytes_of(reading_of(self._subject.view, layer, memory), memory)
+            if size > left:
+                found.append([])
+                left = memory
+            found[-1].append(layer)
+            left -= size
+        return found
 
     def _fit(
         self,
@@ -178,7 +194,7 @@ class Cascade:
             known[layer.node] = work.put(FITTED, layer.node, fitted)
 
         with self._timer.of("solve"):
-            refits(self._shop.bench, places, self._shop.workers, self._behind_activation, finish)
+            refits(self._shop, places, self._behind_activation, finish)
 
     def _begin(self, cutter: Cutter, levels: Sequence[Level], store: Store) -> Courses:
         setting, timer = self._setting, self._timer

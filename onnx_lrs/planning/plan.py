@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,7 +18,7 @@ from onnx_lrs.graph.layers import Layer, read_elsewhere
 from onnx_lrs.graph.model import weight_count
 from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.planning.allocate import Choice, allocate
-from onnx_lrs.planning.candidates import candidates_and_probe
+from onnx_lrs.planning.candidates import Question, candidates_and_probe
 from onnx_lrs.planning.sensitivity import bounded
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Task
@@ -72,8 +73,9 @@ def error_curves(
             layer = rest[number]
             known[layer.node] = _put(layer, answer, statistics.pop(layer.node, {}), shop)
 
-        questions = [shop.bench.question(layer, statistics.get(layer.node, {})) for layer in rest]
-        tasks = [Task(question.problem.d, (question,)) for question in questions]
+        tasks = [
+            Task(layer.d, functools.partial(_asked, shop, layer, statistics.get(layer.node, {}))) for layer in rest
+        ]
         shop.workers.map(candidates_and_probe, tasks, shop.at_once(group, len(roles)), finish)
         for layer in group:
             found[layer.node], probe = known[layer.node]
@@ -89,6 +91,10 @@ def _kept(layer: Layer, shop: Shop) -> Curve | None:
     if curve is None or not curve[0] or shop.shelf is None:
         return curve
     return curve if shop.work.has(START, layer.node) or shop.shelf.has(layer.node) else None
+
+
+def _asked(shop: Shop, layer: Layer, own: Mapping[str, Statistic]) -> tuple[Question]:
+    return (shop.bench.question(layer, own),)
 
 
 def _put(layer: Layer, answer: Curve, own: Mapping[str, Statistic], shop: Shop) -> Curve:

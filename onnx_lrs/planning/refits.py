@@ -10,10 +10,11 @@ import numpy as np
 from onnx_lrs.calibration.pairs import PairStatistic
 from onnx_lrs.graph.layers import Layer, affine_behind, bias_row, weight_matrix
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
-from onnx_lrs.planning.workers import Task, Workers
+from onnx_lrs.planning.shop import Shop
+from onnx_lrs.planning.workers import Task
 from onnx_lrs.solvers.behind import activation_error, output_error
 from onnx_lrs.solvers.cascade import GRID, ROUNDS, Refit, as_it_is, finish, linear
-from onnx_lrs.solvers.problem import AnyFactors, Problem
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,29 +26,25 @@ class Place:
     pairs: Mapping[str, PairStatistic]
 
 
-def refits(
-    bench: Bench,
-    places: Sequence[Place],
-    workers: Workers,
-    behind_activation: bool,
-    done: Callable[[Layer, Fitted], None],
-) -> None:
+def refits(shop: Shop, places: Sequence[Place], behind_activation: bool, done: Callable[[Layer, Fitted], None]) -> None:
     """Refit layers: fitted on FIT, chosen on SELECT and judged on JUDGE pairs.
 
     Every damping of every layer is a solve of its own. ``done`` is told each layer as soon as it is known.
     """
+    bench, workers, most = shop.bench, shop.workers, shop.at_once([place.layer for place in places], 1)
     problems = [paired_problem(bench, place) for place in places]
-    asked = [(i, damping) for i in range(len(places)) for damping in GRID]
+    trials = workers.map(as_it_is, [Task(p.d, (p, e.start)) for p, e in zip(problems, places, strict=True)], most)
+    fixed = [isinstance(place.start, ElementFactors) for place in places]
+    asked = [(i, damping) for i in range(len(places)) for damping in GRID if not fixed[i]]
     tasks = [Task(problems[i].d, (problems[i], places[i].start, damping)) for i, damping in asked]
-    trials = [as_it_is(problem, place.start) for problem, place in zip(problems, places, strict=True)]
-    for (i, _), trial in zip(asked, workers.map(linear, tasks), strict=True):
+    for (i, _), trial in zip(asked, workers.map(linear, tasks, most), strict=True):
         trials[i].append(trial)
 
     def finished(number: int, end: Refit) -> None:
         done(places[number].layer, _fitted(bench, places[number], problems[number], end))
 
     rounds = ROUNDS if behind_activation else ()
-    workers.map(finish, [Task(p.d, (p, own, rounds)) for p, own in zip(problems, trials, strict=True)], None, finished)
+    workers.map(finish, [Task(p.d, (p, own, rounds)) for p, own in zip(problems, trials, strict=True)], most, finished)
 
 
 def _fitted(bench: Bench, place: Place, problem: Problem, found: Refit) -> Fitted:

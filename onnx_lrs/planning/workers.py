@@ -21,10 +21,17 @@ Executor = concurrent.futures.Executor
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One solve: its size (rows of its largest matrix) and what the function is called with."""
+    """One solve: its size (rows of its largest matrix) and what the function is called with.
+
+    ``arguments`` may be a function that makes them when the solve is about to begin: they may be large.
+    """
 
     size: int
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...] | Callable[[], tuple[Any, ...]]
+
+    def made(self) -> tuple[Any, ...]:
+        """Return the arguments."""
+        return self.arguments() if callable(self.arguments) else self.arguments
 
 
 class Workers:
@@ -87,9 +94,10 @@ class Workers:
     def _alone(
         self, function: Callable[..., Result], number: int, task: Task, done: Callable[[int, Result], None] | None
     ) -> Result:
-        result = _limited(self._threads, task.size, function, task.arguments)
+        result = _limited(self._threads, task.size, function, task.made())
         if done is not None:
-            done(number, result)
+            with threads_for(0, self._threads):  # as beside other solves: what it computes may reach the file
+                done(number, result)
         return result
 
     def _windowed(
@@ -106,7 +114,7 @@ class Workers:
                 if most is not None and len(waiting) >= max(most, 1):
                     first, future = waiting.popleft()
                     yield first, future.result()
-                future = executor.submit(_limited, self._threads, task.size, function, task.arguments)
+                future = executor.submit(_limited, self._threads, task.size, function, task.made())
                 waiting.append((number, future))
             while waiting:
                 first, future = waiting.popleft()
