@@ -18,6 +18,8 @@ code  class                   meaning
 ====  ======================  =====================================================
 """
 
+import errno
+
 
 class OnnxLrsError(Exception):
     """Base of every error onnx-lrs raises on purpose.
@@ -76,6 +78,13 @@ class OutputError(OnnxLrsError):
     """The result could not be written; files that were there before are untouched."""
 
     exit_code = 7
+
+
+def remedy_of(error: OSError, otherwise: str) -> str:
+    """Return what helps where a temporary file could not be made or written; ``otherwise`` where it is about space."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Allow more open files: ulimit -n 65536."
+    return otherwise
 
 
 class RuntimeEnvironmentError(OnnxLrsError):

@@ -373,7 +373,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, work: Work, cl
             capture = Capture(subject.folded, subject.layers, material.samples, setting, clock.timer)
             stack.callback(capture.close)
         if _in_cascade(job, material):
-            shelf = Shelf(stack.enter_context(Store(config.memory_bytes // SHELF_SHARE)), work)
+            shelf = Shelf(stack.enter_context(Store(config.memory_bytes // SHELF_SHARE, one_file=True)), work)
         workers = stack.enter_context(Workers(config.jobs or config.threads, config.threads, job.executor))
         shop = Shop(bench, capture, setting, workers, clock.timer, shelf, work)
         plan = None

@@ -301,7 +301,7 @@ def test_the_same_seed_gives_the_same_bytes_wherever_activations_wait(name, monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spilled = []
     begin, put = Store.__init__, Store._on_disk
-    monkeypatch.setattr(Store, "__init__", lambda self, limit: begin(self, 0))
+    monkeypatch.setattr(Store, "__init__", lambda self, limit, one_file=False: begin(self, 0, one_file))
     monkeypatch.setattr(Store, "_on_disk", lambda self, *what: spilled.append(what[0]) or put(self, *what))
     second = compress(model, data=data, config=BASE)
     assert spilled

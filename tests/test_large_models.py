@@ -112,6 +112,35 @@ def test_compressed_from_a_file_and_from_memory_are_the_same(path, tmp_path):
     assert (tmp_path / "lazy.onnx.data").read_bytes() == first
 
 
+def open_files():
+    """Return how many files this process has open; 0 where nobody tells."""
+    return len([*Path("/proc/self/fd").iterdir()]) if sys.platform == "linux" else 0
+
+
+@pytest.mark.parametrize("extent", [1 << 17, 1 << 20])
+def test_what_a_scratch_file_keeps_comes_back_from_a_few_mappings(path, tmp_path, monkeypatch, extent):
+    """Arrays and tensors in turns, some longer than what is mapped at a time."""
+    monkeypatch.setattr(weights, "EXTENT", extent)
+    rng, kept = np.random.default_rng(0), []
+    before = open_files()
+    with weights.scratch_for(models.load(path), tmp_path / "out.onnx") as scratch:
+        for number in range(60):
+            shape = (int(rng.integers(128, 512)), 130)
+            given = rng.standard_normal(shape).astype([np.float32, np.float64][number % 2])
+            tensor = scratch.tensor(f"t{number}", given) if number % 3 == 0 else None
+            kept.append((given, scratch.keep(given), tensor))
+        large = sum(given.nbytes > extent for given, *_ in kept)
+        total = sum(given.nbytes for given, *_ in kept)
+        assert open_files() - before <= large + 3 * total // extent + 1
+        for given, mapped, tensor in kept:
+            np.testing.assert_array_equal(mapped, given)
+            assert not mapped.flags.writeable
+            if tensor is not None:
+                np.testing.assert_array_equal(weights.read(tensor), given)
+    small = np.ones(3)
+    assert scratch.keep(small) is small
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_a_session_finds_weights_in_two_folders(path, tmp_path, mapped):
     model = models.load(path)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from onnx_lrs.solvers import Accumulator, Candidate, Settings, fit
 from onnx_lrs.solvers.activation import LINEAR, RELU, clip, leaky_relu
-from onnx_lrs.solvers.cascade import GRID, refit
+from onnx_lrs.solvers.cascade import GRID, METRICS, refit
 from onnx_lrs.solvers.problem import Columns, Factors, Problem, Response, SpatialFactors
 from tests.builders import planted, planted_elements, planted_spatial
 
@@ -52,9 +52,9 @@ def drawn(seed=0, out=OUT, channels=CHANNELS, taps=1, rows=400, noise=0.3, rank=
     d = channels * taps
     weight, bias = rng.standard_normal((out, d)), rng.standard_normal(out)
     mix, spread = np.eye(d) + 0.3 * rng.standard_normal((d, d)) / np.sqrt(d), np.exp(-np.arange(d) / 4)
-    parts = []
-    for count in (rows, rows):
-        x = (rng.standard_normal((count, d)) * spread) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
+    turn, centre, parts = rng.standard_normal((d, d)), rng.standard_normal(d), []
+    for count in (rows, max(rows, 400)):
+        x = (rng.standard_normal((count, d)) * spread) @ turn + centre
         y = x @ weight.T + bias
         parts.append((x @ mix.T + noise * rng.standard_normal(x.shape), y))
     more = {"bias": bias} | more
@@ -102,7 +102,7 @@ def test_no_perturbation_of_the_factors_lowers_the_damped_error(shape, form, aff
     problem = drawn(1, out, channels, taps, affine=affine, bias=np.arange(out) / 10)
     problem = dataclasses.replace(problem, checks=problem.columns)
     start = start_of(form, out, channels, taps)
-    found = refit(problem, start, (damping,), ())
+    found = refit(problem, start, (damping,), (), (damping,))
     assert found.damping == damping
     factors = found.factors
     assert (factors.rank, [*factors.kept]) == (start.rank, [*start.kept])
@@ -118,7 +118,7 @@ def test_no_perturbation_of_the_factors_lowers_the_damped_error(shape, form, aff
 def test_alternating_least_squares_from_anywhere_finds_nothing_better(form):
     """The closed form is the least of all, not only of its neighbours."""
     problem, damping = drawn(3), 1e-3
-    factors = refit(problem, start_of(form), (damping,), ()).factors
+    factors = refit(problem, start_of(form), (damping,), (), (damping,)).factors
     least = cost(problem, factors.dense(), damping)
     x, y = (v.astype(np.float64) - v.mean(axis=0, dtype=np.float64) for v in dataclasses.astuple(problem.columns)[:2])
     level = np.sqrt(damping * np.square(x).sum() / x.size * len(x))
@@ -153,7 +153,7 @@ def test_without_compression_in_front_it_is_the_independent_fit(shape, form, aff
     for damping in (1e-4, 1e-2, 1.0):
         chosen = Candidate("", start.rank, start.params, 0.0, start.kept, damping)
         expected = fit(alone, chosen, "lrs", Settings(steps=0)).factors
-        found = refit(problem, start, (damping,), ()).factors
+        found = refit(problem, start, (damping,), (), (damping,)).factors
         scale = np.abs(weight).max()
         np.testing.assert_allclose(found.dense(), expected.dense(), atol=1e-3 * scale)
         np.testing.assert_allclose(found.bias_shift, expected.bias_shift, atol=2e-3 * scale * channels)
@@ -226,15 +226,14 @@ def test_single_entries_stay_and_only_the_bias_moves():
 # ---------------------------------------------------------------- what is chosen
 
 
-def by_hand(problem, rank, damping):
-    """Return T = (C + delta W)(H + delta I)^-1 cut to a rank in the metric, and the bias that goes with it."""
+def by_hand(problem, rank, damping, metric_damping):
+    """Return T = (C + delta W)(H + delta I)^-1 cut to a rank in the metric H + mu I, and the bias that goes with it."""
     x, y = (v.astype(np.float64) for v in (problem.columns.inputs, problem.columns.outputs))
     centred_x, centred_y = x - x.mean(axis=0), y - y.mean(axis=0)
-    metric, cross = centred_x.T @ centred_x / len(x), centred_y.T @ centred_x / len(x)
-    level = damping * np.trace(metric) / len(metric)
-    metric += level * np.eye(len(metric))
-    target = np.linalg.solve(metric, (cross + level * problem.weight).T).T
-    root = np.linalg.cholesky(metric)
+    moment, cross = centred_x.T @ centred_x / len(x), centred_y.T @ centred_x / len(x)
+    unit = np.trace(moment) / len(moment) * np.eye(len(moment))
+    target = np.linalg.solve(moment + damping * unit, (cross + damping * unit[0, 0] * problem.weight).T).T
+    root = np.linalg.cholesky(moment + metric_damping * unit)
     basis = np.linalg.svd(target @ root, full_matrices=False)[0][:, :rank]
     dense = basis @ (basis.T @ target)
     shift = y.mean(axis=0) - dense @ x.mean(axis=0) - problem.bias
@@ -246,13 +245,15 @@ def by_hand(problem, rank, damping):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_damping_is_the_best_of_the_grid_on_the_checks(rows, seed):
     problem, start = drawn(20 + seed, rows=rows, noise=1.0), start_of("low_rank")
-    trials = {damping: by_hand(problem, start.rank, damping) for damping in GRID}
-    errors = {damping: error(problem, factors, problem.checks) for damping, factors in trials.items()}
-    best = min(errors, key=errors.get)
+    pulls = [by_hand(problem, start.rank, damping, METRICS[0]) for damping in GRID]
+    best = GRID[int(np.argmin([error(problem, factors, problem.checks) for factors in pulls]))]
+    trials = [by_hand(problem, start.rank, best, damping) for damping in METRICS]
+    errors = [error(problem, factors, problem.checks) for factors in trials]
     found = refit(problem, start, GRID, ())
     assert found.damping == best
-    assert found.errors[1] == pytest.approx(errors[best], rel=1e-3)
-    np.testing.assert_allclose(found.factors.dense(), trials[best].dense(), atol=1e-3 * np.abs(problem.weight).max())
+    assert found.errors[1] == pytest.approx(min(errors), rel=1e-3)
+    wanted = trials[int(np.argmin(errors))].dense()
+    np.testing.assert_allclose(found.factors.dense(), wanted, atol=1e-3 * np.abs(problem.weight).max())
 
 
 def test_the_grid_has_something_to_choose():

@@ -208,6 +208,40 @@ with Store(0) as store:
         assert process.communicate(timeout=60)[0].strip() == "True"
 
 
+@linux
+def test_many_names_do_not_use_them_up_either_in_one_file(tmp_path):
+    """Statistics of a model of some hundred layers."""
+    code = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+with Store(0, one_file=True) as store:
+    for number in range(200):
+        store.put(number, 0, np.full(9, number, np.float32))
+    for number in range(0, 200, 2):
+        store.drop(number)
+    print(all((store.get(number, 0) == number).all() for number in range(1, 200, 2)))
+"""
+    with child(code, tmp_path) as process:
+        assert process.communicate(timeout=60)[0].strip() == "True"
+
+
+@linux
+def test_no_more_open_files_is_an_error_that_names_the_remedy(tmp_path):
+    code = """
+from onnx_lrs.errors import OutputError
+resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+try:
+    with Store(0) as store:
+        for number in range(40):
+            store.put(number, 0, np.ones(9))
+except OutputError as error:
+    print(error)
+"""
+    with child(code, tmp_path) as process:
+        told = process.communicate(timeout=60)[0]
+    assert "ulimit -n" in told
+    assert "Free space" not in told
+
+
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_a_shelf_gives_back_what_was_put_on_it_once(limit):
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lrs.errors import OutputError
+from onnx_lrs.errors import OutputError, remedy_of
 
 Key = Hashable
 
@@ -33,12 +33,22 @@ class _Spilled:
 
 
 class Store:
-    """Arrays by name and number; those of one name are dropped together. Close it, or use it as a context manager."""
+    """Arrays by name and number; those of one name are dropped together. Close it, or use it as a context manager.
 
-    def __init__(self, limit_bytes: int) -> None:
+    Parameters
+    ----------
+    limit_bytes : int
+        What is held in memory at most.
+    one_file : bool
+        All names in one file, which keeps its length until the end; for hundreds of names at a time. Otherwise every
+        name has a file, and a descriptor, of its own: space is free as soon as the name is dropped.
+    """
+
+    def __init__(self, limit_bytes: int, one_file: bool = False) -> None:
         self._room = limit_bytes
+        self._one_file = one_file
         self._held: dict[Key, dict[int, NDArray[Any] | _Spilled]] = {}
-        self._files: dict[Key, IO[bytes]] = {}
+        self._files: dict[Key | None, IO[bytes]] = {}
         self.spilled_bytes = 0
 
     def put(self, name: Key, number: int, values: NDArray[Any]) -> None:
@@ -57,11 +67,12 @@ class Store:
             held[number] = self._on_disk(name, values)
 
     def _on_disk(self, name: Key, values: NDArray[Any]) -> _Spilled:
+        key = None if self._one_file else name
         try:
-            if name not in self._files:
+            if key not in self._files:
                 # unbuffered: what a full disk refuses fails here, and nothing is left to be written on close
-                self._files[name] = tempfile.TemporaryFile(prefix="onnx-lrs-", buffering=0)  # noqa: SIM115
-            file = self._files[name]
+                self._files[key] = tempfile.TemporaryFile(prefix="onnx-lrs-", buffering=0)  # noqa: SIM115
+            file = self._files[key]
             place = file.seek(0, 2)
             rest = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
             while rest:
@@ -69,7 +80,7 @@ class Store:
         except OSError as error:
             raise OutputError(
                 f"Activations could not be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
-                "Free space there, point TMPDIR elsewhere, or allow more --memory.",
+                remedy_of(error, "Free space there, point TMPDIR elsewhere, or allow more --memory."),
             ) from None
         self.spilled_bytes += values.nbytes
         return _Spilled(file, place, values.dtype, values.shape)
@@ -98,6 +109,8 @@ class Store:
         """Forget everything."""
         for name in [*self._held]:
             self.drop(name)
+        while self._files:
+            self._files.popitem()[1].close()
 
     def __enter__(self) -> Store:
         return self

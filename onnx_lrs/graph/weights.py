@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
 import os
 import pathlib
 import tempfile
@@ -22,12 +23,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
-from onnx_lrs.errors import ModelError, OutputError
+from onnx_lrs.errors import ModelError, OutputError, remedy_of
 
 SMALLEST_OUTSIDE = 64 * 1024  # bytes; smaller tensors are in memory
 SMALLEST_SAVED = 1024  # bytes; smaller ones stay in the model file, as onnx.save_model does it
 PAGE = 4096  # bytes; large tensors begin at a page of the data file, so that a mapping of one needs no copy
 CHUNK = 1 << 24  # bytes copied at a time
+EXTENT = 1 << 28  # bytes of a scratch file that are mapped at a time: each mapping holds a file descriptor
 KINDS = {  # element types whose bytes in a file are NumPy's own
     *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16),
     *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64),
@@ -219,6 +221,9 @@ class Scratch:
     def __init__(self, folder: pathlib.Path) -> None:
         self._path = folder / "weights"
         self._path.touch()
+        self._end = 0  # of what is written
+        self._begin = 0  # of the extent that is mapped
+        self._extent: mmap.mmap | None = None
 
     def keep(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the same values mapped from the file; small arrays as they are.
@@ -231,8 +236,25 @@ class Scratch:
         if values.nbytes < SMALLEST_OUTSIDE:
             return values
         place = self._append(values)
-        mapped = np.memmap(place.path, values.dtype, "r", place.offset, values.shape)
-        return np.asarray(mapped)
+        try:
+            extent, begin = self._mapped(place)
+        except OSError as error:
+            raise self._failed(error) from None
+        return np.frombuffer(extent, values.dtype, values.size, place.offset - begin).reshape(values.shape)
+
+    def _mapped(self, place: Place) -> tuple[mmap.mmap, int]:
+        """Return a mapping of the file that holds a place, and where it begins in the file.
+
+        The file is made longer for it than what is written yet: a hole, which takes no space.
+        """
+        end = place.offset + place.length
+        if self._extent is None or end > self._begin + len(self._extent):
+            self._begin = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
+            with self._path.open("r+b") as data:
+                data.truncate(max(end, self._begin + EXTENT))
+                length = max(end - self._begin, EXTENT)
+                self._extent = mmap.mmap(data.fileno(), length, access=mmap.ACCESS_READ, offset=self._begin)
+        return self._extent, self._begin
 
     def tensor(self, name: str, values: NDArray[Any]) -> TensorProto:
         """Return a reference to values in the file.
@@ -250,15 +272,20 @@ class Scratch:
 
     def _append(self, values: NDArray[Any]) -> Place:
         try:
-            with self._path.open("ab") as data:
+            with self._path.open("r+b") as data:
+                data.seek(self._end)
                 offset = _aligned(data, values.nbytes)
                 data.write(np.ascontiguousarray(values).data)
+                self._end = data.tell()
         except OSError as error:
-            raise OutputError(
-                f"New weights could not be written to {self._path.parent.parent}: {error.strerror or error}.",
-                "Free space there, or choose another folder for the output.",
-            ) from None
+            raise self._failed(error) from None
         return Place(self._path, offset, values.nbytes)
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"New weights could not be written to {self._path.parent.parent}: {error.strerror or error}.",
+            remedy_of(error, "Free space there, or choose another folder for the output."),
+        )
 
 
 @contextlib.contextmanager

@@ -1,13 +1,15 @@
 r"""Refit a layer to what the compressed network feeds it and what follows it (METHODS 1 and 5).
 
 With x the columns that the compressed prefix gives, y what the layer should give (the original's output, less what a
-shortcut already differs by), H = cov(x), C = cov(y, x) and a damping delta toward the original weights W,
+shortcut already differs by), H = cov(x), C = cov(y, x), a pull delta toward the original weights W and a damping mu of
+the metric,
 
-.. math:: T = (C + \delta W)(H + \delta I)^{-1}, \qquad J_\delta(E) = \|(T - E)(H + \delta I)^{1/2}\|_F^2
+.. math:: T = (C + \delta W)(H + \delta I)^{-1}, \qquad J_\mu(E) = \|(T - E)(H + \mu I)^{1/2}\|_F^2
 
-so that every closed form for (W, H) serves (T, H + delta I). The damping is the one of a grid that is best on other
-columns, and no worse there than the factors that it starts from, which were fitted layer by layer: too few samples
-fall back to those.
+so that every closed form for (W, H) serves (T, H + mu I). METHODS has mu = delta; apart they do different things: a
+large delta leaves the correction out, where few columns cannot tell it, a large mu lets H count for less. delta is the
+one of a grid that is best on other columns, then mu; what comes of it is taken if it is better there than the factors
+that it starts from, which were fitted layer by layer: too few samples fall back to those.
 
 Behind a piecewise linear activation phi the target y is then replaced, in turns, by
 
@@ -30,10 +32,11 @@ from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, argument, bias_of, pre_activation, respond, unargument
 from onnx_lrs.solvers.problem import AnyFactors, Array, ElementFactors, Factors, Problem, Response, SpatialFactors
 from onnx_lrs.solvers.prox import through
-from onnx_lrs.solvers.spatial import fit_spatial
-from onnx_lrs.solvers.spectral import DAMPING, Seen, assemble, damped, joint, reduce_rows, seen
+from onnx_lrs.solvers.spatial import metric_by_tap, towards
+from onnx_lrs.solvers.spectral import Seen, assemble, damped, joint, reduce_rows, seen
 
 GRID = tuple(10.0**power for power in range(-4, 3))  # delta in units of the mean diagonal of H
+METRICS = (0.1, 0.01, 1.0, 10.0)  # mu in the same units; the deltas are compared with the first
 TIE = 0.01  # errors on a sample of columns that are this close do not tell two dampings apart
 ROUNDS = (0.1, 0.3, 1.0, 1.0)  # rho, round by round
 
@@ -52,30 +55,77 @@ class Refit:
 
 
 @dataclasses.dataclass(frozen=True)
-class System:
-    """H + delta I, factorised, and delta times W: what every target of one damping needs."""
+class Pull:
+    """H + delta I, factorised, and delta times W: what every T of one delta needs."""
 
     damping: float
-    metric: Array
+    level: float
     factor: Array
-    pull: Array
+    weight: Array
 
-    def target(self, cross: Array) -> Seen:
-        """Return T with its products with the metric, for C = ``cross`` (out, d)."""
-        image = cross + self.pull
-        half = scipy.linalg.solve_triangular(self.factor, image.T, lower=True, check_finite=False)
-        solved = scipy.linalg.solve_triangular(self.factor, half, lower=True, trans="T", check_finite=False)
-        return Seen(np.ascontiguousarray(solved.T), image, half.T @ half)
+    def target(self, cross: Array) -> Target:
+        """Return T for C = ``cross`` (out, d)."""
+        image = cross + self.level * self.weight
+        solved = scipy.linalg.cho_solve((self.factor, True), image.T, check_finite=False)
+        return Target(np.ascontiguousarray(solved.T), image, self.level)
 
 
-def system(problem: Problem, damping: float) -> System:
-    """Return the factorised system of one damping; one Cholesky of d x d."""
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """T (out, d) with its image T (H + delta I) and delta, which give its image in every metric H + mu I."""
+
+    weight: Array
+    image: Array
+    level: float
+
+    def seen(self, level: float) -> Array:
+        """Return T (H + mu I) for mu = ``level``."""
+        return self.image + (level - self.level) * self.weight
+
+
+def pull(problem: Problem, damping: float) -> Pull:
+    """Return what one delta needs; one Cholesky of d x d."""
+    metric, level = _metric(problem, damping)
+    factor = scipy.linalg.cholesky(metric.T, lower=True, overwrite_a=True, check_finite=False)
+    return Pull(damping, level, factor, problem.weight)
+
+
+def _metric(problem: Problem, damping: float) -> tuple[Array, float]:
+    """Return H + damping * mean(diag H) * I, and what was added to the diagonal."""
     assert problem.moments is not None  # a refit has moments
     metric = damped(problem, damping)
     assert metric is not None
-    level = float(metric[0, 0] - problem.moments.second(problem.affine)[0, 0])
-    factor = scipy.linalg.cholesky(metric, lower=True, check_finite=False)
-    return System(damping, metric, factor, level * problem.weight)
+    return metric, float(metric[0, 0] - problem.moments.second(problem.affine)[0, 0])
+
+
+class Form:
+    """The metric of one mu, ready for the form, rank and channels of a start."""
+
+    def __init__(self, problem: Problem, start: Factors | SpatialFactors, damping: float) -> None:
+        self._problem = problem
+        metric, self._level = _metric(problem, damping)
+        self._metric = metric_by_tap(problem, metric) if isinstance(start, SpatialFactors) else metric
+
+    def fit(self, target: Target, like: AnyFactors, mean: Array, steps: bool = True) -> AnyFactors:
+        """Return the best factors for T and the mean response, with the rank and channels of ``like``.
+
+        In closed form; a spatial one gets the best left for the right that ``like`` has, and with ``steps`` some on
+        from there.
+        """
+        problem = self._problem
+        if isinstance(like, SpatialFactors):
+            goal = towards(problem, self._metric, target.weight, target.seen(self._level))
+            found: AnyFactors = goal.fit(like.right, steps)
+            return with_mean(problem, found, mean)
+        assert isinstance(like, Factors)
+        reduced = reduce_rows(target.weight)
+        if reduced.rotation is None:
+            image = target.seen(self._level)
+            wanted = Seen(target.weight, image, image @ target.weight.T)
+        else:
+            wanted = seen(reduced.target, self._metric)
+        split = joint(wanted, self._metric, like.kept, problem.taps)
+        return with_mean(problem, assemble(problem, reduced, split, like.rank, shift=False), mean)
 
 
 def centred_cross(problem: Problem, response: Response) -> Array:
@@ -95,20 +145,6 @@ def with_mean(problem: Problem, factors: AnyFactors, mean: Array) -> AnyFactors:
     return dataclasses.replace(factors, bias_shift=shift)
 
 
-def fit_target(problem: Problem, like: AnyFactors, known: System, response: Response) -> AnyFactors:
-    """Return the best factors for a response with the rank and channels of ``like`` (closed form, or spatial)."""
-    goal = known.target(centred_cross(problem, response))
-    if isinstance(like, SpatialFactors):
-        towards = dataclasses.replace(problem, weight=goal.target)
-        found: AnyFactors = fit_spatial(towards, like.rank, known.damping)[0]
-        return with_mean(problem, found, response.mean)
-    assert isinstance(like, Factors)
-    reduced = reduce_rows(goal.target)
-    wanted = goal if reduced.rotation is None else seen(reduced.target, known.metric)
-    split = joint(wanted, known.metric, like.kept, problem.taps)
-    return with_mean(problem, assemble(problem, reduced, split, like.rank, shift=False), response.mean)
-
-
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """A linear fit and its error behind the activation on the checks; ``damping`` None: not a refit of its own."""
@@ -118,7 +154,13 @@ class Trial:
     damping: float | None
 
 
-def refit(problem: Problem, start: AnyFactors, grid: Sequence[float] = GRID, rounds: Sequence[float] = ROUNDS) -> Refit:
+def refit(
+    problem: Problem,
+    start: AnyFactors,
+    grid: Sequence[float] = GRID,
+    rounds: Sequence[float] = ROUNDS,
+    metrics: Sequence[float] = METRICS,
+) -> Refit:
     """Refit the factors to the problem's response; never worse on the checks than those it starts from.
 
     Parameters
@@ -128,11 +170,14 @@ def refit(problem: Problem, start: AnyFactors, grid: Sequence[float] = GRID, rou
     start : Factors, SpatialFactors or ElementFactors
         Gives form, rank and channels. Single elements keep their places and values; only the bias is fitted again.
     grid : sequence of float
-        Dampings to try; empty where nothing but the bias and what the activation asks for is to change.
+        Pulls delta to try.
     rounds : sequence of float
         rho of each round behind the activation; empty for a linear refit.
+    metrics : sequence of float
+        Dampings mu of the metric to try.
     """
-    return finish(problem, [*as_it_is(problem, start), *(linear(problem, start, each) for each in grid)], rounds)
+    trials = [*as_it_is(problem, start), *(linear(problem, start, each, metrics[0]) for each in grid)]
+    return finish(problem, trials, rounds, metrics)
 
 
 def as_it_is(problem: Problem, start: AnyFactors) -> list[Trial]:
@@ -142,36 +187,58 @@ def as_it_is(problem: Problem, start: AnyFactors) -> list[Trial]:
     return [Trial(_error(problem, factors), factors, None) for factors in (start, centred)]
 
 
-def linear(problem: Problem, start: AnyFactors, damping: float) -> Trial:
-    """Return the linear refit with one damping; single elements stay as they are."""
+def linear(problem: Problem, start: AnyFactors, damping: float, metric: float = METRICS[0]) -> Trial:
+    """Return the linear refit with one pull delta; single elements stay as they are."""
     assert problem.response is not None
     if isinstance(start, ElementFactors):
         return as_it_is(problem, start)[1]
-    factors = fit_target(problem, start, system(problem, damping), problem.response)
+    target = pull(problem, damping).target(centred_cross(problem, problem.response))
+    factors = Form(problem, start, metric).fit(target, start, problem.response.mean, steps=False)
     return Trial(_error(problem, factors), factors, damping)
 
 
-def finish(problem: Problem, trials: Sequence[Trial], rounds: Sequence[float]) -> Refit:
-    """Choose among linear trials, the first of which is the start, and go on behind the activation."""
-    best = min(trials, key=lambda trial: trial.error)
-    if problem.activation != LINEAR and not isinstance(best.factors, ElementFactors) and rounds:
-        begin = _least_pulled(trials, best)
-        known = system(problem, DAMPING if begin.damping is None else begin.damping)
-        found = behind_activation(problem, begin.factors, known, rounds)
-        later = [Trial(_error(problem, factors), factors, known.damping) for factors in found]
-        last = min([best, *later], key=lambda trial: trial.error)
-    else:
-        last = best
-    return Refit(last.factors, last.damping, (trials[0].error, best.error, last.error))
+def finish(
+    problem: Problem, trials: Sequence[Trial], rounds: Sequence[float], metrics: Sequence[float] = METRICS
+) -> Refit:
+    """Go on from linear trials, the first of which is the start: choose delta, then mu, then behind the activation."""
+    assert problem.response is not None
+    start, best = trials[0], min(trials, key=_by_error)
+    tried = [trial for trial in trials if trial.damping is not None]
+    if not tried or isinstance(start.factors, ElementFactors):
+        return Refit(best.factors, best.damping, (start.error, best.error, best.error))
+    behind = rounds if problem.activation != LINEAR else ()
+    tie = TIE if behind else 0.0
+    pulled = pull(problem, _least(tried, [trial.damping or 0.0 for trial in tried], tie))
+    target = pulled.target(centred_cross(problem, problem.response))
+    mean = problem.response.mean
+
+    def fitted(form: Form, steps: bool) -> Trial:
+        factors = form.fit(target, start.factors, mean, steps)
+        return Trial(_error(problem, factors), factors, pulled.damping)
+
+    fits = [fitted(Form(problem, start.factors, damping), steps=False) for damping in metrics]
+    form = Form(problem, start.factors, _least(fits, metrics, tie))
+    if isinstance(start.factors, SpatialFactors):
+        fits.append(fitted(form, steps=True))
+    best = last = min([best, *fits], key=_by_error)
+    if behind:
+        found = behind_activation(problem, best.factors, (pulled, form), behind)
+        later = [Trial(_error(problem, factors), factors, pulled.damping) for factors in found]
+        last = min([best, *later], key=_by_error)
+    return Refit(last.factors, last.damping, (start.error, best.error, last.error))
 
 
-def _least_pulled(trials: Sequence[Trial], best: Trial) -> Trial:
-    """Return the trial with the least damping among those as good as the best.
+def _by_error(trial: Trial) -> float:
+    return trial.error
 
-    Where many dampings fit equally well, a strong one would only hold back what comes behind the activation.
+
+def _least(trials: Sequence[Trial], dampings: Sequence[float], tie: float) -> float:
+    """Return the least damping among those whose error is within ``tie`` of the best.
+
+    Where many fit equally well, a strong one would only hold back what comes behind the activation.
     """
-    good = [t for t in trials if t.damping is not None and t.error <= (1 + TIE) * best.error]
-    return min(good, key=lambda trial: trial.damping or 0.0, default=best)
+    most = (1 + tie) * min(map(_by_error, trials))
+    return min(damping for trial, damping in zip(trials, dampings, strict=True) if trial.error <= most)
 
 
 def _error(problem: Problem, factors: AnyFactors) -> float:
@@ -181,12 +248,12 @@ def _error(problem: Problem, factors: AnyFactors) -> float:
 
 
 def behind_activation(
-    problem: Problem, start: AnyFactors, known: System, rounds: Sequence[float]
+    problem: Problem, start: AnyFactors, how: tuple[Pull, Form], rounds: Sequence[float]
 ) -> Iterator[AnyFactors]:
     """Yield the factors after each round of the refit behind the activation."""
     assert problem.columns is not None
     assert problem.response is not None
-    columns, factors = problem.columns, start
+    columns, factors, (pulled, form) = problem.columns, start, how
     inputs = columns.inputs - columns.inputs.mean(axis=0, dtype=np.float64).astype(np.float32)
     target = pre_activation(problem, columns)
     wanted = problem.activation(argument(problem, target, columns))
@@ -196,5 +263,5 @@ def behind_activation(
         mean = moved.mean(axis=0, dtype=np.float64)
         cross = ((moved - mean.astype(np.float32)).T @ inputs).astype(np.float64) / len(inputs)
         response = Response(problem.response.mean + mean, problem.response.cross + cross)
-        factors = fit_target(problem, factors, known, response)
+        factors = form.fit(pulled.target(centred_cross(problem, response)), factors, response.mean)
         yield factors

@@ -4,20 +4,26 @@ r"""The spatial form: a k x k kernel as k x 1 followed by 1 x k (METHODS 2b).
 
 is a matrix of rank r if W is laid out as (i, a) x (o, b). The SVD of that matrix is the best answer without data; with
 data it is the start, and left and right are fitted in turn in the H-metric: left exactly (the features ``right x`` at
-the kw tap columns are its regressors), right by conjugate gradients on its normal equations.
+the kw tap columns are its regressors), right by conjugate gradients on its normal equations. The products with H are
+taken tap by tap, so that one with the regressors of rank r costs r / out of what W H costs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import scipy.linalg
+from numpy.typing import NDArray
 
 from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, SpatialFactors
 from onnx_lrs.solvers.spectral import damped, judging_moment
 
 FORM = "spatial"
+Floating = NDArray[np.floating[Any]]
 RANKS = 8  # tried for the error curve; each costs one regression
-STEPS = 8  # of conjugate gradients for `right`
+STEPS = 16  # of conjugate gradients for `right`
 
 
 def applies(problem: Problem) -> bool:
@@ -35,27 +41,30 @@ def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[
     ranks = np.arange(multiple, int(LARGEST * problem.params / cost) + 1, multiple)
     if problem.moments is not None and len(ranks) > RANKS:
         ranks = ranks[np.unique(np.round(np.geomspace(1, len(ranks), RANKS)).astype(int)) - 1]
-    basis, metric = _right_basis(problem), damped(problem, damping)
+    basis = _right_basis(problem)
+    regression = by_tap(problem, damped(problem, damping)).regression(basis[: ranks[-1]]) if len(ranks) else None
     judge = None if problem.moments is None else judging_moment(problem, np.arange(problem.d))
     none = np.zeros(0, np.int64)
     found = []
     for rank in (int(r) for r in ranks):
-        left = _fit_left(problem, basis[:rank], metric)
+        assert regression is not None
+        left = regression.left(rank)
         difference = problem.weight - SpatialFactors(left, basis[:rank], np.zeros(0)).dense()
-        found.append(Candidate(FORM, rank, rank * cost, _distance(difference, judge), none, damping))
+        loss = float(np.vdot(difference if judge is None else difference @ judge, difference))
+        found.append(Candidate(FORM, rank, rank * cost, loss, none, damping))
     return found
 
 
 def fit_spatial(problem: Problem, rank: int, damping: float) -> tuple[SpatialFactors, tuple[float, ...]]:
     """Return the factors of one rank and J (on the damped metric) after the fit of left, right and left again."""
-    right, metric = _right_basis(problem)[:rank], damped(problem, damping)
-    left = _fit_left(problem, right, metric)
-    history = [_objective(problem, left, right, metric)]
-    if metric is not None:
-        right = _fit_right(problem, left, right, metric)
-        history.append(_objective(problem, left, right, metric))
-        left = _fit_left(problem, right, metric)
-        history.append(_objective(problem, left, right, metric))
+    right, goal = _right_basis(problem)[:rank], by_tap(problem, damped(problem, damping))
+    left = goal.regression(right).left()
+    history = [goal.objective(left, right)]
+    if goal.metric is not None:
+        right = goal.right(left, right)
+        history.append(goal.objective(left, right))
+        left = goal.regression(right).left()
+        history.append(goal.objective(left, right))
     dense = SpatialFactors(left, right, np.zeros(0)).dense()
     shift = np.zeros(problem.out)
     if problem.affine and problem.moments is not None:
@@ -63,59 +72,135 @@ def fit_spatial(problem: Problem, rank: int, damping: float) -> tuple[SpatialFac
     return SpatialFactors(left, right, shift), tuple(history)
 
 
-def _taps(problem: Problem) -> tuple[int, int, int]:
-    assert problem.kernel is not None
-    return problem.channels, *problem.kernel
-
-
 def _right_basis(problem: Problem) -> Array:
     """Return the left singular vectors of W as (i, a) x (o, b), the strongest first; shape (ranks, channels, kh)."""
-    channels, kh, kw = _taps(problem)
-    matrix = problem.weight.reshape(problem.out, channels, kh, kw).transpose(1, 2, 0, 3).reshape(channels * kh, -1)
+    assert problem.kernel is not None
+    kh, kw = problem.kernel
+    matrix = problem.weight.reshape(problem.out, -1, kw).transpose(1, 0, 2).reshape(problem.channels * kh, -1)
     vectors = np.linalg.eigh(matrix @ matrix.T)[1][:, ::-1]
-    return np.ascontiguousarray(vectors.T.reshape(-1, channels, kh))
+    return np.ascontiguousarray(vectors.T.reshape(-1, problem.channels, kh))
 
 
-def _fit_left(problem: Problem, right: Array, metric: Array | None) -> Array:
-    """Return the best left, (out, rank, kw), for a given right, (rank, channels, kh)."""
-    channels, kh, kw = _taps(problem)
-    rank = len(right)
-    features = np.einsum("ria,bc->rbiac", right, np.eye(kw)).reshape(rank * kw, channels * kh * kw)
-    seen = features if metric is None else features @ metric
-    gram = seen @ features.T
-    gram[np.diag_indices_from(gram)] += 1e-10 * np.trace(gram) / len(gram)
-    left = scipy.linalg.solve(gram, seen @ problem.weight.T, assume_a="pos")
-    return np.ascontiguousarray(left.T.reshape(problem.out, rank, kw))
+@dataclasses.dataclass(frozen=True)
+class ByTap:
+    """A weight and a metric with their columns sorted by the tap b of the second kernel axis.
+
+    There the regressors of a tap are ``right`` in that tap's columns and zero elsewhere, so that a product of them all
+    with the metric costs a kw-th of the dense one. With m = channels * kh:
+
+    target : (out, kw, m)
+        The weight to be matched.
+    metric : (kw, m, kw * m)
+        Symmetric positive definite; None is the identity.
+    image : (out, kw, m)
+        target times metric; None where there is no metric.
+    """
+
+    target: Array
+    metric: Array | None
+    image: Array | None
+
+    def fit(self, right: Array, steps: bool) -> SpatialFactors:
+        """Return the best left for a right, (rank, channels, kh); with ``steps``, right moved once as well."""
+        left = self.regression(right).left()
+        if steps:
+            right = self.right(left, right)
+            left = self.regression(right).left()
+        return SpatialFactors(left, right, np.zeros(len(left)))
+
+    def regression(self, right: Array) -> Regression:
+        """Return what every left for a prefix of ``right``, (rank, channels, kh), needs."""
+        rows = right.reshape(len(right), -1)
+        out, kw, m = self.target.shape
+        if self.metric is None:
+            gram = np.einsum("bc,rs->brcs", np.eye(kw), rows @ rows.T)
+        else:
+            gram = ((rows @ self.metric).reshape(-1, m) @ rows.T).reshape(kw, len(rows), kw, len(rows))
+        image = self.target if self.image is None else self.image
+        return Regression(gram, (image.reshape(-1, m) @ rows.T).reshape(out, kw, len(rows)))
+
+    def right(self, left: Array, right: Array) -> Array:
+        """Return right after a few steps of conjugate gradients for a given left, (out, rank, kw); J does not rise."""
+        assert self.metric is not None
+        assert self.image is not None
+        out, kw, m = self.target.shape
+        rank, shape = left.shape[1], right.shape
+        filters = np.ascontiguousarray(left.transpose(2, 1, 0))
+        pairs = filters.reshape(kw * rank, out)
+        gram = (pairs @ pairs.T).reshape(kw, rank, kw * rank)
+        values = right.reshape(rank, m)
+        residual = np.matmul(filters, self.image.transpose(1, 0, 2)).sum(axis=0) - _curved(gram, self.metric, values)
+        direction, size = residual, float(np.vdot(residual, residual))
+        # From here on in single precision, at half the time: what is lost is a part of the residual, not of right.
+        gram, metric = gram.astype(np.float32), self.metric.astype(np.float32)
+        for _ in range(STEPS):
+            image = _curved(gram, metric, direction.astype(np.float32))
+            curvature = float(np.vdot(direction, image))
+            if curvature <= 0:
+                break
+            values = values + (size / curvature) * direction
+            residual = residual - (size / curvature) * image
+            size, before = float(np.vdot(residual, residual)), size
+            direction = residual + (size / before) * direction
+        return values.reshape(shape)
+
+    def objective(self, left: Array, right: Array) -> float:
+        """Return J, the squared distance from the target in the metric."""
+        out, kw, m = self.target.shape
+        found = (left.transpose(0, 2, 1).reshape(out * kw, -1) @ right.reshape(len(right), m)).reshape(out, kw * m)
+        difference = self.target.reshape(out, -1) - found
+        seen = difference if self.metric is None else difference @ self.metric.reshape(kw * m, kw * m)
+        return float(np.vdot(seen, difference))
 
 
-def _fit_right(problem: Problem, left: Array, right: Array, metric: Array) -> Array:
-    """Return right after a few steps of conjugate gradients for a given left; J does not rise."""
-    channels, kh, kw = _taps(problem)
-
-    def gradient(difference: Array) -> Array:
-        seen = (difference @ metric).reshape(problem.out, channels, kh, kw)
-        return np.asarray(np.einsum("orb,oiab->ria", left, seen, optimize=True))
-
-    def expand(values: Array) -> Array:
-        return SpatialFactors(left, values, np.zeros(0)).dense()
-
-    residual = gradient(problem.weight - expand(right))
-    direction, size = residual, float(np.vdot(residual, residual))
-    for _ in range(STEPS):
-        image = gradient(expand(direction))
-        curvature = float(np.vdot(direction, image))
-        if curvature <= 0:
-            break
-        right = right + (size / curvature) * direction
-        residual = residual - (size / curvature) * image
-        size, before = float(np.vdot(residual, residual)), size
-        direction = residual + (size / before) * direction
-    return right
+def _curved(gram: Floating, metric: Floating, rows: Floating) -> Array:
+    """Return the second derivative of J / 2 by right, times ``rows`` (rank, m): the sum over taps of G right H."""
+    kw, rank, m = *gram.shape[:2], rows.shape[1]
+    seen = (rows @ metric).reshape(kw * rank, kw, m)
+    return np.asarray(np.matmul(gram, seen.transpose(1, 0, 2)).sum(axis=0, dtype=np.float64))
 
 
-def _objective(problem: Problem, left: Array, right: Array, metric: Array | None) -> float:
-    return _distance(problem.weight - SpatialFactors(left, right, np.zeros(0)).dense(), metric)
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    """The normal equations of left: ``gram`` (kw, rank, kw, rank), ``moment`` (out, kw, rank)."""
+
+    gram: Array
+    moment: Array
+
+    def left(self, rank: int | None = None) -> Array:
+        """Return the best left, (out, rank, kw), for the first ``rank`` filters of right; for all if None."""
+        gram, moment = self.gram[:, :rank, :, :rank], self.moment[:, :, :rank]
+        out, kw, count = moment.shape
+        gram = gram.reshape(kw * count, kw * count).copy()
+        gram[np.diag_indices_from(gram)] += 1e-10 * np.trace(gram) / len(gram)
+        solved = scipy.linalg.solve(gram, moment.reshape(out, -1).T, assume_a="pos")
+        return np.ascontiguousarray(solved.T.reshape(out, kw, count).transpose(0, 2, 1))
 
 
-def _distance(difference: Array, metric: Array | None) -> float:
-    return float(np.vdot(difference if metric is None else difference @ metric, difference))
+def by_tap(problem: Problem, metric: Array | None) -> ByTap:
+    """Return the problem's weight and a metric (d, d), or None for the identity, by tap."""
+    if metric is None:
+        return ByTap(_sorted(problem, problem.weight), None, None)
+    return towards(problem, metric_by_tap(problem, metric), problem.weight, problem.weight @ metric)
+
+
+def towards(problem: Problem, square: Array, weight: Array, image: Array) -> ByTap:
+    """Return any weight and its product with the metric, both (out, d), by tap; ``square`` is that metric by tap."""
+    return ByTap(_sorted(problem, weight), square, _sorted(problem, image))
+
+
+def metric_by_tap(problem: Problem, metric: Array) -> Array:
+    """Return a metric, (d, d), as (kw, m, kw * m)."""
+    kw, m = _taps(problem)
+    return metric.reshape(m, kw, m, kw).transpose(1, 0, 3, 2).reshape(kw, m, kw * m)
+
+
+def _sorted(problem: Problem, values: Array) -> Array:
+    kw, m = _taps(problem)
+    return np.ascontiguousarray(values.reshape(-1, m, kw).transpose(0, 2, 1))
+
+
+def _taps(problem: Problem) -> tuple[int, int]:
+    assert problem.kernel is not None
+    kw = problem.kernel[1]
+    return kw, problem.d // kw

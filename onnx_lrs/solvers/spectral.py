@@ -24,7 +24,7 @@ from onnx_lrs.solvers.moments import Moments
 from onnx_lrs.solvers.problem import Array, Factors, Indices, Problem, columns_of
 
 DAMPING = 1e-3  # of the mean diagonal of H, toward the original weights; enough when there are many columns
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)  # tried on the validation moments when there are few
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # tried on the validation moments when there are few
 ENOUGH_COLUMNS = 8  # columns of x per column of H from which H is taken as known
 
 
