@@ -25,6 +25,7 @@ from onnx_lrs.solvers import (
     fit,
     objective,
     solve,
+    spatial,
 )
 from onnx_lrs.solvers.channels import eliminate, inverse_spd, removal_scores
 from onnx_lrs.solvers.closed_form import DATA_FREE, FAMILIES, NO_CHANNELS, candidates, data_free_split, refit
@@ -950,6 +951,33 @@ def test_each_half_step_of_the_spatial_fit_lowers_the_objective(seed):
     for _ in range(30):  # left is optimal for its right: no neighbour is better
         other = dataclasses.replace(factors, left=factors.left + 1e-3 * rng.standard_normal(factors.left.shape))
         assert j_of(problem.weight, other.dense(), metric) >= history[-1] * (1 - 1e-10)
+
+
+@pytest.mark.parametrize("kernel", [(3, 2), (2, 3), (3, 3)])
+def test_each_half_of_the_spatial_fit_is_the_least_squares_solution(kernel, monkeypatch):
+    """The columns of E are linear in left and in right: both are solved with explicit regressors here."""
+    monkeypatch.setattr(spatial, "STEPS", 400)
+    problem, rank = spatial_problem(60, kernel=kernel), 2
+    metric = damped(problem)
+    root, rng = np.linalg.cholesky(metric), np.random.default_rng(60)
+    right = rng.standard_normal((rank, problem.channels, kernel[0]))
+    goal = spatial.by_tap(problem, metric)
+    left = goal.regression(right).left()
+
+    def seen(left, right):
+        return (SpatialFactors(left, right, np.zeros(0)).dense() @ root).ravel()
+
+    def least(expand, shape):
+        units = np.eye(int(np.prod(shape))).reshape(-1, *shape)
+        regressors = np.stack([expand(unit) for unit in units], axis=1)
+        return np.linalg.lstsq(regressors, (problem.weight @ root).ravel(), rcond=None)[0].reshape(shape)
+
+    np.testing.assert_allclose(left, least(lambda unit: seen(unit, right), left.shape), rtol=1e-5, atol=1e-7)
+    moved, best = goal.right(left, right), least(lambda unit: seen(left, unit), right.shape)
+    wanted = goal.objective(left, best)
+    assert wanted == pytest.approx(j_of(problem.weight, SpatialFactors(left, best, np.zeros(0)).dense(), metric))
+    assert goal.objective(left, right) > 1.01 * wanted
+    assert goal.objective(left, moved) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_spatial_candidates_are_judged_on_the_other_samples_and_cost_what_they_say():

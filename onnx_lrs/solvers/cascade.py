@@ -208,7 +208,8 @@ def finish(
         return Refit(best.factors, best.damping, (start.error, best.error, best.error))
     behind = rounds if problem.activation != LINEAR else ()
     tie = TIE if behind else 0.0
-    pulled = pull(problem, _least(tried, [trial.damping or 0.0 for trial in tried], tie))
+    begin = _least(tried, [trial.damping or 0.0 for trial in tried], tie)
+    pulled = pull(problem, begin)
     target = pulled.target(centred_cross(problem, problem.response))
     mean = problem.response.mean
 
@@ -216,7 +217,8 @@ def finish(
         factors = form.fit(target, start.factors, mean, steps)
         return Trial(_error(problem, factors), factors, pulled.damping)
 
-    fits = [fitted(Form(problem, start.factors, damping), steps=False) for damping in metrics]
+    known = next(trial for trial in tried if trial.damping == begin)  # with the first of the metrics
+    fits = [known, *(fitted(Form(problem, start.factors, damping), steps=False) for damping in metrics[1:])]
     form = Form(problem, start.factors, _least(fits, metrics, tie))
     if isinstance(start.factors, SpatialFactors):
         fits.append(fitted(form, steps=True))
