@@ -219,7 +219,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         dest="memory_bytes",
         type=parse_size,
         metavar="SIZE",
-        help=f"working memory besides the model, 1500MB or 2GiB ({default.memory_bytes // GIB}GiB)",
+        help=f"working memory besides the model, 1500MB or 2GiB, at least 256MiB ({default.memory_bytes // GIB}GiB)",
     )
     fit.add_argument("--batch", type=int, metavar="N", help=f"most samples in one inference call ({default.batch})")
     fit.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
@@ -418,6 +418,8 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] =
         _say("interrupted; nothing was written")
         if getattr(args, "work", None):
             _say(f"The same command continues from what {args.work} holds.")
+        elif hasattr(args, "work"):
+            _say("With --work DIR finished layers would have been kept.")
         return INTERRUPTED
 
 

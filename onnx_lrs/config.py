@@ -235,7 +235,7 @@ class Config:
         _require(self.seed >= 0, f"--seed is {self.seed}; it must not be negative.")
         _require(
             self.memory_bytes >= GIB // 4,
-            f"--memory is {self.memory_bytes / GIB:.2f} GiB; at least 0.25 GiB is needed.",
+            f"--memory is {self.memory_bytes / 2**20:.0f} MiB; at least 256 MiB is needed.",
         )
 
     def to_dict(self) -> dict[str, Any]:

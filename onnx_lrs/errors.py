@@ -82,7 +82,7 @@ class OutputError(OnnxLrsError):
 
 def remedy_of(error: OSError, otherwise: str) -> str:
     """Return what helps where a temporary file could not be made or written; ``otherwise`` where it is about space."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
+    if error.errno == errno.EMFILE:
         return "Allow more open files: ulimit -n 65536."
     return otherwise
 

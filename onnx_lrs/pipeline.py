@@ -6,8 +6,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -183,8 +183,11 @@ def check_request(job: Job) -> None:
         raise OutputError(f"The output {job.output} is a folder.", "Give a file name, for example small.onnx.")
     if not folder.is_dir():
         raise OutputError(f"The folder {folder} does not exist.", "Create it first.")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"The folder {folder} cannot be written to.", "Choose another folder for -o.")
+    try:  # access rights alone do not tell: the file system may be read-only, or not for files
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        remedy = "Choose another folder for -o."
+        raise OutputError(f"The folder {folder} cannot be written to: {error.strerror or error}.", remedy) from None
 
 
 def _check_method(job: Job) -> None:
@@ -339,11 +342,15 @@ def _identity(job: Job, material: Material, clock: Clock) -> Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended."""
+    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended.
+
+    ``cascaded``: behind compressed layers, where a damping of None says that new weights were no better.
+    """
 
     fitted: dict[str, Fitted]
     promised: Promise | str | None = None
     left: dict[str, Status] = dataclasses.field(default_factory=dict)
+    cascaded: bool = False
 
 
 def _plan_and_fit(job: Job, subject: Subject, material: Material, work: Work, clock: Clock) -> Outcome:
@@ -380,7 +387,7 @@ def _plan_and_fit(job: Job, subject: Subject, material: Material, work: Work, cl
         if config.budget.kind != "gain":
             plan = _plan(job, subject, material, shop, clock)
         if shelf is not None and plan is not None:
-            return Outcome(_fit_in_cascade(job, subject, material, shop, plan, clock))
+            return Outcome(_fit_in_cascade(job, subject, material, shop, plan, clock), cascaded=True)
         chosen = tuple(layer for layer in subject.layers if plan is None or layer.node in plan.chosen)
         if capture is not None:
             capture.expect(chosen)
@@ -714,6 +721,17 @@ def _fit_notes(subject: Subject, outcome: Outcome) -> list[str]:
                 f"{layer.name}: {done.activation_error:.1%} off on held-out samples, more than the "
                 f"{done.allowed / done.scale:.1%} that were kept to on the calibration columns; give more data."
             )
+    refitted = [layer for layer in subject.layers if outcome.cascaded and layer.node in fitted]
+    alone = [
+        layer.name
+        for layer in refitted
+        if fitted[layer.node].damping is None and not isinstance(fitted[layer.node].factors, ElementFactors)
+    ]
+    if alone:
+        notes.append(
+            f"{_called(alone)}: weights as fitted alone. New ones for what the compressed layers in front give were no "
+            "better on other samples; more data may help."
+        )
     if isinstance(outcome.promised, str):
         notes.append(f"No bound for the whole network: {outcome.promised}.")
     return notes

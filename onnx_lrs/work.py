@@ -332,7 +332,7 @@ class Work:
         if count:
             parts = "1 finished part is" if count == 1 else f"{count} finished parts are"
             self._note(f"Going on from {self.folder}: {parts} not computed again.")
-        elif others := _others(place, identity):
+        elif others := _others(self.folder, identity):
             self._note(f"Nothing in {place} belongs to this run, it starts from the beginning; {others}.")
         text = json.dumps({**identity.words, "key": identity.key, **identity.deciding}, indent=2, default=_plain)
         with _replacing(self.folder / DESCRIPTION) as file:
@@ -425,9 +425,10 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         Path(draft).unlink(missing_ok=True)
 
 
-def _others(place: Path, identity: Identity) -> str:
-    """Say in what the last of the other runs in a work folder differs; empty if there is none."""
-    files = sorted(place.glob(f"*/{DESCRIPTION}"), key=lambda path: path.stat().st_mtime)
+def _others(own: Path, identity: Identity) -> str:
+    """Say in what the last of the other runs beside a run's own folder differs; empty if there is none."""
+    files = [path for path in own.parent.glob(f"*/{DESCRIPTION}") if path.parent.name != own.name]
+    files.sort(key=lambda path: path.stat().st_mtime)
     for path in reversed(files):
         with contextlib.suppress(OSError, ValueError):
             before = json.loads(path.read_text(encoding="ascii"))

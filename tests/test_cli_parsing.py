@@ -216,7 +216,7 @@ def test_a_bad_command_line_ends_with_code_2_and_says_why(flags, words, capsys):
         (["--multiple", "0"], "--multiple is 0"),
         (["--holdout", "1"], "--holdout is 1.0"),
         (["--columns", "1"], "--columns is 1"),
-        (["--memory", "1MB"], "--memory is 0.00 GiB"),
+        (["--memory", "1MB"], "--memory is 1 MiB"),
         (["--batch", "0"], "--batch is 0"),
         (["--threads", "0"], "--threads is 0"),
         (["--seed", "-1"], "--seed is -1"),
@@ -340,7 +340,8 @@ def test_help_needs_none_of_the_heavy_libraries():
 def test_ctrl_c_ends_with_130(capsys):
     code, _ = run([*BARE, "-q"], KeyboardInterrupt())
     assert code == 130
-    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    told = "interrupted; nothing was written\nWith --work DIR finished layers would have been kept.\n"
+    assert capsys.readouterr().err == told
     code, _ = run([*BARE, "-q", "--work", "kept"], KeyboardInterrupt())
     assert code == 130
     told = "interrupted; nothing was written\nThe same command continues from what kept holds.\n"

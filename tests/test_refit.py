@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lrs.solvers import Accumulator, Candidate, Settings, fit
+from onnx_lrs.solvers import Accumulator, Candidate, Settings, cascade, fit, spatial
 from onnx_lrs.solvers.activation import LINEAR, RELU, clip, leaky_relu
-from onnx_lrs.solvers.cascade import GRID, METRICS, refit
+from onnx_lrs.solvers.cascade import GRID, METRICS, Trial, refit
 from onnx_lrs.solvers.problem import Columns, Factors, Problem, Response, SpatialFactors
 from tests.builders import planted, planted_elements, planted_spatial
 
@@ -201,6 +201,38 @@ def test_a_spatial_form_is_no_worse_than_its_start_and_meets_the_mean(kernel):
     x, y = problem.columns.inputs, problem.columns.outputs
     near = x @ found.factors.dense().T + problem.bias + found.factors.bias_shift
     np.testing.assert_allclose(near.mean(axis=0), y.mean(axis=0), atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", [LINEAR, RELU], ids=["linear", "behind a relu"])
+def test_both_factors_of_a_spatial_form_are_fitted_again(activation, monkeypatch):
+    problem = drawn(7, OUT, 5, 9, kernel=(3, 3), activation=activation)
+    problem = dataclasses.replace(problem, checks=problem.columns)
+    alone = dataclasses.replace(problem, response=None, columns=None, checks=None)
+    start = fit(alone, Candidate("spatial", 3, 0, 0.0, np.zeros(0, np.int64), 1e-3), "lrs").factors
+    found = refit(problem, start)
+    monkeypatch.setattr(spatial, "STEPS", 0)
+    left_only = refit(problem, start)
+    np.testing.assert_array_equal(left_only.factors.right, start.right)
+    assert found.errors[1] < 0.99 * left_only.errors[1]
+    assert found.errors[2] < 0.99 * left_only.errors[2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_spatial_form_is_never_worse_on_the_checks_than_its_start(rows, seed):
+    problem = drawn(seed, OUT, 5, 9, rows=rows, kernel=(3, 3), activation=RELU)
+    rng = np.random.default_rng(seed)
+    start = SpatialFactors(rng.standard_normal((OUT, 2, 3)), rng.standard_normal((2, 5, 3)), np.zeros(OUT))
+    found = refit(problem, start)
+    assert found.errors[2] <= found.errors[1] <= found.errors[0]
+    assert error(problem, found.factors, problem.checks) <= error(problem, start, problem.checks) * (1 + 1e-6)
+
+
+def test_of_dampings_that_fit_alike_the_weakest_goes_on_behind_an_activation():
+    start = start_of("low_rank")
+    trials = [Trial(error, start, damping) for error, damping in ((1.05, 0.01), (1.005, 0.1), (1.0, 1.0), (1.2, 10.0))]
+    assert cascade._least(trials, lambda trial: trial.damping, tie=True).damping == 0.1
+    assert cascade._least(trials, lambda trial: trial.damping, tie=False).damping == 1.0
 
 
 def test_a_planted_spatial_kernel_is_found_from_its_own_weight():

@@ -32,7 +32,16 @@ from onnx_lrs.solvers.closed_form import DATA_FREE, FAMILIES, NO_CHANNELS, candi
 from onnx_lrs.solvers.problem import columns_of, judged
 from onnx_lrs.solvers.solve import undominated
 from onnx_lrs.solvers.spatial import fit_spatial, spatial_candidates
-from onnx_lrs.solvers.spectral import DAMPING, assemble, damped, losses, reduce_rows, splits, unexplained
+from onnx_lrs.solvers.spectral import (
+    DAMPING,
+    assemble,
+    choose_damping,
+    damped,
+    losses,
+    reduce_rows,
+    splits,
+    unexplained,
+)
 
 NAMES = sorted(FAMILIES)
 
@@ -978,6 +987,29 @@ def test_each_half_of_the_spatial_fit_is_the_least_squares_solution(kernel, monk
     assert wanted == pytest.approx(j_of(problem.weight, SpatialFactors(left, best, np.zeros(0)).dense(), metric))
     assert goal.objective(left, right) > 1.01 * wanted
     assert goal.objective(left, moved) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])
+def test_the_spatial_fit_does_not_depend_on_the_scale_of_the_activations(scale):
+    """Conjugate gradients run in single precision. Powers of two scale without rounding."""
+    problem = spatial_problem(61)
+    scaled = dataclasses.replace(
+        problem, moments=Moments(problem.moments.count, scale * problem.moments.mean, scale**2 * problem.moments.cov)
+    )
+    (one, before), (other, after) = (fit_spatial(each, 3, DAMPING) for each in (problem, scaled))
+    assert before[1] < 0.999 * before[0]
+    np.testing.assert_allclose(after, scale**2 * np.asarray(before), rtol=1e-6)
+    np.testing.assert_allclose(other.dense(), one.dense(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_samples_get_a_strong_damping(seed):
+    """Two dozen columns of 64 inputs that hardly differ in strength: their covariance is noise, its mean is not."""
+    rng = np.random.default_rng(seed)
+    columns, others = (rng.standard_normal((count, 64)) for count in (24, 2000))
+    moments, validation = (Moments(len(x), x.mean(axis=0), np.cov(x.T, bias=True)) for x in (columns, others))
+    problem = Problem(rng.standard_normal((48, 64)), 1, moments, validation=validation)
+    assert choose_damping(problem) == 10.0
 
 
 def test_spatial_candidates_are_judged_on_the_other_samples_and_cost_what_they_say():

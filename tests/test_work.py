@@ -318,6 +318,13 @@ def test_the_folder_says_what_it_is_and_what_another_run_changed(tmp_path):
     assert notes[0].endswith("differs in: settings.seed.")
 
 
+def test_a_run_killed_before_its_first_part_is_not_another_one(tmp_path):
+    notes: list[str] = []
+    opened(tmp_path, notes=notes).close()
+    opened(tmp_path, notes=notes).close()
+    assert not notes
+
+
 # ------------------------------------------------------------------------------------------------ the key
 
 
@@ -632,7 +639,7 @@ def test_without_a_folder_an_error_and_an_interruption_leave_nothing(home, tmp_p
         process.send_signal(signal.SIGINT)
         _, told = process.communicate()
     assert process.returncode == 130
-    assert told.endswith("interrupted; nothing was written\n")
+    assert told.endswith("interrupted; nothing was written\nWith --work DIR finished layers would have been kept.\n")
     assert [*tmp_path.iterdir()] == []
     assert [*(home / "tmp").iterdir()] == []
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx_lrs.errors import OutputError, remedy_of
 
 Key = Hashable
+_ALL = object()  # the name of the file that all names share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,13 @@ class _Spilled:
 
     def mapped(self) -> NDArray[Any]:
         return np.memmap(self.file, self.dtype, "r", self.place, self.shape)
+
+
+def _failed(error: OSError) -> OutputError:
+    return OutputError(
+        f"Arrays could not be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
+        remedy_of(error, "Free space there, point TMPDIR elsewhere, or allow more --memory."),
+    )
 
 
 class Store:
@@ -48,7 +56,7 @@ class Store:
         self._room = limit_bytes
         self._one_file = one_file
         self._held: dict[Key, dict[int, NDArray[Any] | _Spilled]] = {}
-        self._files: dict[Key | None, IO[bytes]] = {}
+        self._files: dict[Key, IO[bytes]] = {}
         self.spilled_bytes = 0
 
     def put(self, name: Key, number: int, values: NDArray[Any]) -> None:
@@ -67,7 +75,7 @@ class Store:
             held[number] = self._on_disk(name, values)
 
     def _on_disk(self, name: Key, values: NDArray[Any]) -> _Spilled:
-        key = None if self._one_file else name
+        key = _ALL if self._one_file else name
         try:
             if key not in self._files:
                 # unbuffered: what a full disk refuses fails here, and nothing is left to be written on close
@@ -78,17 +86,25 @@ class Store:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError as error:
-            raise OutputError(
-                f"Activations could not be kept in {tempfile.gettempdir()}: {error.strerror or error}.",
-                remedy_of(error, "Free space there, point TMPDIR elsewhere, or allow more --memory."),
-            ) from None
+            raise _failed(error) from None
         self.spilled_bytes += values.nbytes
         return _Spilled(file, place, values.dtype, values.shape)
 
     def get(self, name: Key, number: int) -> NDArray[Any]:
-        """Return an array that was put; treat it as read-only."""
+        """Return an array that was put; treat it as read-only.
+
+        Raises
+        ------
+        OutputError
+            If there are too many open files to map it.
+        """
         values = self._held[name][number]
-        return values.mapped() if isinstance(values, _Spilled) else values
+        if not isinstance(values, _Spilled):
+            return values
+        try:
+            return values.mapped()
+        except OSError as error:
+            raise _failed(error) from None
 
     def __contains__(self, name: Key) -> bool:
         return name in self._held

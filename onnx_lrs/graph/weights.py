@@ -29,7 +29,8 @@ SMALLEST_OUTSIDE = 64 * 1024  # bytes; smaller tensors are in memory
 SMALLEST_SAVED = 1024  # bytes; smaller ones stay in the model file, as onnx.save_model does it
 PAGE = 4096  # bytes; large tensors begin at a page of the data file, so that a mapping of one needs no copy
 CHUNK = 1 << 24  # bytes copied at a time
-EXTENT = 1 << 28  # bytes of a scratch file that are mapped at a time: each mapping holds a file descriptor
+EXTENT = 1 << 28  # bytes of a scratch file that are mapped at a time at most: each mapping holds a file descriptor
+SMALLEST_EXTENT = 1 << 20  # bytes that are mapped at first
 KINDS = {  # element types whose bytes in a file are NumPy's own
     *(TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16),
     *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64),
@@ -245,15 +246,17 @@ class Scratch:
     def _mapped(self, place: Place) -> tuple[mmap.mmap, int]:
         """Return a mapping of the file that holds a place, and where it begins in the file.
 
-        The file is made longer for it than what is written yet: a hole, which takes no space.
+        The file is made longer for it than what is written yet, about twice at most: where the file system has holes
+        that takes no space.
         """
         end = place.offset + place.length
         if self._extent is None or end > self._begin + len(self._extent):
-            self._begin = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
+            begin = place.offset - place.offset % mmap.ALLOCATIONGRANULARITY
+            length = max(end - begin, min(max(begin, SMALLEST_EXTENT), EXTENT))
             with self._path.open("r+b") as data:
-                data.truncate(max(end, self._begin + EXTENT))
-                length = max(end - self._begin, EXTENT)
-                self._extent = mmap.mmap(data.fileno(), length, access=mmap.ACCESS_READ, offset=self._begin)
+                data.truncate(begin + length)
+                extent = mmap.mmap(data.fileno(), length, access=mmap.ACCESS_READ, offset=begin)
+            self._begin, self._extent = begin, extent
         return self._extent, self._begin
 
     def tensor(self, name: str, values: NDArray[Any]) -> TensorProto:

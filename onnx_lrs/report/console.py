@@ -261,7 +261,12 @@ def _layers(result: Result, verbose: bool) -> list[RenderableType]:
 
 
 def _error(layer: LayerResult) -> float | None:
-    """Return the error behind the activation where it was measured: in front of it a fit to it may look far off."""
+    """Return the error behind the activation where it was measured: in front of it a fit to it may look far off.
+
+    None for a layer that was left as it is: what others in front of it do to it was not measured.
+    """
+    if layer.form == "dense":
+        return None
     return layer.error if layer.activation_error is None else layer.activation_error
 
 

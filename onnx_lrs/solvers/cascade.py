@@ -8,7 +8,8 @@ the metric,
 
 so that every closed form for (W, H) serves (T, H + mu I). METHODS has mu = delta; apart they do different things: a
 large delta leaves the correction out, where few columns cannot tell it, a large mu lets H count for less. delta is the
-one of a grid that is best on other columns, then mu; what comes of it is taken if it is better there than the factors
+one of a grid that is best on other columns, then mu (where an activation follows, the least of those within 1 % of the
+best); what comes of it is taken if it is better there than the factors
 that it starts from, which were fitted layer by layer: too few samples fall back to those.
 
 Behind a piecewise linear activation phi the target y is then replaced, in turns, by
@@ -23,7 +24,7 @@ the other columns behind phi is kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -32,8 +33,8 @@ from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, argument, bias_of, pre_activation, respond, unargument
 from onnx_lrs.solvers.problem import AnyFactors, Array, ElementFactors, Factors, Problem, Response, SpatialFactors
 from onnx_lrs.solvers.prox import through
-from onnx_lrs.solvers.spatial import metric_by_tap, towards
-from onnx_lrs.solvers.spectral import Seen, assemble, damped, joint, reduce_rows, seen
+from onnx_lrs.solvers.spatial import goal_by_tap, metric_by_tap
+from onnx_lrs.solvers.spectral import Seen, assemble, joint, reduce_rows, seen, with_level
 
 GRID = tuple(10.0**power for power in range(-4, 3))  # delta in units of the mean diagonal of H
 METRICS = (0.1, 0.01, 1.0, 10.0)  # mu in the same units; the deltas are compared with the first
@@ -45,8 +46,8 @@ ROUNDS = (0.1, 0.3, 1.0, 1.0)  # rho, round by round
 class Refit:
     """How a refit ended.
 
-    ``damping`` is None where the factors are those it started from; ``errors`` are the ones behind the activation on
-    the checks: before, after the linear refit, and after all.
+    ``damping`` is None where the factors are those it started from, but perhaps for the bias; ``errors`` are the ones
+    behind the activation on the checks: before, after the linear refit, and after all.
     """
 
     factors: AnyFactors
@@ -93,18 +94,16 @@ def pull(problem: Problem, damping: float) -> Pull:
 def _metric(problem: Problem, damping: float) -> tuple[Array, float]:
     """Return H + damping * mean(diag H) * I, and what was added to the diagonal."""
     assert problem.moments is not None  # a refit has moments
-    metric = damped(problem, damping)
-    assert metric is not None
-    return metric, float(metric[0, 0] - problem.moments.second(problem.affine)[0, 0])
+    return with_level(problem.moments.second(problem.affine), damping)
 
 
 class Form:
-    """The metric of one mu, ready for the form, rank and channels of a start."""
+    """The metric of one mu, ready for spatial factors or for low rank + channels."""
 
-    def __init__(self, problem: Problem, start: Factors | SpatialFactors, damping: float) -> None:
+    def __init__(self, problem: Problem, spatial: bool, damping: float) -> None:
         self._problem = problem
         metric, self._level = _metric(problem, damping)
-        self._metric = metric_by_tap(problem, metric) if isinstance(start, SpatialFactors) else metric
+        self._metric = metric_by_tap(problem, metric) if spatial else metric
 
     def fit(self, target: Target, like: AnyFactors, mean: Array, steps: bool = True) -> AnyFactors:
         """Return the best factors for T and the mean response, with the rank and channels of ``like``.
@@ -114,7 +113,7 @@ class Form:
         """
         problem = self._problem
         if isinstance(like, SpatialFactors):
-            goal = towards(problem, self._metric, target.weight, target.seen(self._level))
+            goal = goal_by_tap(problem, self._metric, target.weight, target.seen(self._level))
             found: AnyFactors = goal.fit(like.right, steps)
             return with_mean(problem, found, mean)
         assert isinstance(like, Factors)
@@ -147,11 +146,12 @@ def with_mean(problem: Problem, factors: AnyFactors, mean: Array) -> AnyFactors:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A linear fit and its error behind the activation on the checks; ``damping`` None: not a refit of its own."""
+    """Factors and their error behind the activation on the checks; delta and mu, None where they are no refit."""
 
     error: float
     factors: AnyFactors
-    damping: float | None
+    damping: float | None = None
+    metric: float | None = None
 
 
 def refit(
@@ -184,7 +184,7 @@ def as_it_is(problem: Problem, start: AnyFactors) -> list[Trial]:
     """Return the start, and the start with the bias that gives the mean response."""
     assert problem.response is not None
     centred = with_mean(problem, start, problem.response.mean)
-    return [Trial(_error(problem, factors), factors, None) for factors in (start, centred)]
+    return [Trial(_error(problem, factors), factors) for factors in (start, centred)]
 
 
 def linear(problem: Problem, start: AnyFactors, damping: float, metric: float = METRICS[0]) -> Trial:
@@ -193,8 +193,9 @@ def linear(problem: Problem, start: AnyFactors, damping: float, metric: float = 
     if isinstance(start, ElementFactors):
         return as_it_is(problem, start)[1]
     target = pull(problem, damping).target(centred_cross(problem, problem.response))
-    factors = Form(problem, start, metric).fit(target, start, problem.response.mean, steps=False)
-    return Trial(_error(problem, factors), factors, damping)
+    form = Form(problem, isinstance(start, SpatialFactors), metric)
+    factors = form.fit(target, start, problem.response.mean, steps=False)
+    return Trial(_error(problem, factors), factors, damping, metric)
 
 
 def finish(
@@ -202,45 +203,47 @@ def finish(
 ) -> Refit:
     """Go on from linear trials, the first of which is the start: choose delta, then mu, then behind the activation."""
     assert problem.response is not None
-    start, best = trials[0], min(trials, key=_by_error)
+    start, best, mean = trials[0], min(trials, key=_by_error), problem.response.mean
     tried = [trial for trial in trials if trial.damping is not None]
     if not tried or isinstance(start.factors, ElementFactors):
         return Refit(best.factors, best.damping, (start.error, best.error, best.error))
     behind = rounds if problem.activation != LINEAR else ()
-    tie = TIE if behind else 0.0
-    begin = _least(tried, [trial.damping or 0.0 for trial in tried], tie)
-    pulled = pull(problem, begin)
+    known = _least(tried, lambda trial: trial.damping, bool(behind))
+    pulled = pull(problem, known.damping or 0.0)
     target = pulled.target(centred_cross(problem, problem.response))
-    mean = problem.response.mean
+    spatial = isinstance(start.factors, SpatialFactors)
 
-    def fitted(form: Form, steps: bool) -> Trial:
+    def fitted(form: Form, metric: float, steps: bool) -> Trial:
+        nonlocal best
         factors = form.fit(target, start.factors, mean, steps)
-        return Trial(_error(problem, factors), factors, pulled.damping)
+        found = Trial(_error(problem, factors), factors, pulled.damping, metric)
+        best = min(best, found, key=_by_error)
+        return dataclasses.replace(found, factors=start.factors)  # of all but the best only the error is wanted
 
-    known = next(trial for trial in tried if trial.damping == begin)  # with the first of the metrics
-    fits = [known, *(fitted(Form(problem, start.factors, damping), steps=False) for damping in metrics[1:])]
-    form = Form(problem, start.factors, _least(fits, metrics, tie))
-    if isinstance(start.factors, SpatialFactors):
-        fits.append(fitted(form, steps=True))
-    best = last = min([best, *fits], key=_by_error)
+    fits = [known]
+    fits += [fitted(Form(problem, spatial, mu), mu, steps=False) for mu in metrics if mu != known.metric]
+    metric = _least(fits, lambda trial: trial.metric, bool(behind)).metric or 0.0
+    form = Form(problem, spatial, metric)
+    if spatial:
+        fitted(form, metric, steps=True)
+    linearly = best.error
     if behind:
-        found = behind_activation(problem, best.factors, (pulled, form), behind)
-        later = [Trial(_error(problem, factors), factors, pulled.damping) for factors in found]
-        last = min([best, *later], key=_by_error)
-    return Refit(last.factors, last.damping, (start.error, best.error, last.error))
+        for factors in behind_activation(problem, best.factors, (pulled, form), behind):
+            best = min(best, Trial(_error(problem, factors), factors, pulled.damping, metric), key=_by_error)
+    return Refit(best.factors, best.damping, (start.error, linearly, best.error))
 
 
 def _by_error(trial: Trial) -> float:
     return trial.error
 
 
-def _least(trials: Sequence[Trial], dampings: Sequence[float], tie: float) -> float:
-    """Return the least damping among those whose error is within ``tie`` of the best.
+def _least(trials: Sequence[Trial], damping: Callable[[Trial], float | None], tie: bool) -> Trial:
+    """Return the best trial; with ``tie`` the one of least damping among those that are nearly as good.
 
     Where many fit equally well, a strong one would only hold back what comes behind the activation.
     """
-    most = (1 + tie) * min(map(_by_error, trials))
-    return min(damping for trial, damping in zip(trials, dampings, strict=True) if trial.error <= most)
+    most = (1 + TIE * tie) * min(map(_by_error, trials))
+    return min((trial for trial in trials if trial.error <= most), key=lambda trial: damping(trial) or 0.0)
 
 
 def _error(problem: Problem, factors: AnyFactors) -> float:

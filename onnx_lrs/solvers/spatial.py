@@ -132,9 +132,12 @@ class ByTap:
         residual = np.matmul(filters, self.image.transpose(1, 0, 2)).sum(axis=0) - _curved(gram, self.metric, values)
         direction, size = residual, float(np.vdot(residual, residual))
         # From here on in single precision, at half the time: what is lost is a part of the residual, not of right.
-        gram, metric = gram.astype(np.float32), self.metric.astype(np.float32)
+        # All of size 1, so that activations of any scale are in its range.
+        scale, spread = (float(np.abs(array).max()) or 1.0 for array in (gram, self.metric))
+        gram, metric = (gram / scale).astype(np.float32), np.divide(self.metric, spread, dtype=np.float32)
         for _ in range(STEPS):
-            image = _curved(gram, metric, direction.astype(np.float32))
+            length = float(np.linalg.norm(direction)) or 1.0
+            image = _curved(gram, metric, (direction / length).astype(np.float32)) * (scale * spread * length)
             curvature = float(np.vdot(direction, image))
             if curvature <= 0:
                 break
@@ -181,12 +184,12 @@ def by_tap(problem: Problem, metric: Array | None) -> ByTap:
     """Return the problem's weight and a metric (d, d), or None for the identity, by tap."""
     if metric is None:
         return ByTap(_sorted(problem, problem.weight), None, None)
-    return towards(problem, metric_by_tap(problem, metric), problem.weight, problem.weight @ metric)
+    return goal_by_tap(problem, metric_by_tap(problem, metric), problem.weight, problem.weight @ metric)
 
 
-def towards(problem: Problem, square: Array, weight: Array, image: Array) -> ByTap:
-    """Return any weight and its product with the metric, both (out, d), by tap; ``square`` is that metric by tap."""
-    return ByTap(_sorted(problem, weight), square, _sorted(problem, image))
+def goal_by_tap(problem: Problem, metric: Array, weight: Array, image: Array) -> ByTap:
+    """Return any weight and its product with the metric, both (out, d), by tap; ``metric`` is by tap already."""
+    return ByTap(_sorted(problem, weight), metric, _sorted(problem, image))
 
 
 def metric_by_tap(problem: Problem, metric: Array) -> Array:

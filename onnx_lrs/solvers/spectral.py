@@ -109,10 +109,16 @@ def damped(problem: Problem, damping: float = DAMPING) -> Array | None:
     """Return H + damping * mean(diag H) * I of the fit, positive definite; None stands for the identity."""
     if problem.moments is None:
         return None
-    metric = problem.moments.second(problem.affine).copy()
-    level = float(np.trace(metric)) / len(metric)
-    metric[np.diag_indices_from(metric)] += damping * level if level > 0 else 1.0
-    return metric
+    return with_level(problem.moments.second(problem.affine), damping)[0]
+
+
+def with_level(moment: Array, damping: float) -> tuple[Array, float]:
+    """Return ``moment + level * I`` for level = damping * mean(diag moment), 1 where that is 0, and the level."""
+    metric = moment.copy()
+    mean = float(np.trace(metric)) / len(metric)
+    level = damping * mean if mean > 0 else 1.0
+    metric[np.diag_indices_from(metric)] += level
+    return metric, level
 
 
 def splits(target: Array, metric: Array | None, order: Indices, counts: Sequence[int], taps: int) -> Iterator[Split]:
@@ -237,7 +243,7 @@ def _dropped(gram: Array, basis: Array) -> Array:
 
 def assemble(problem: Problem, reduced: Reduced, split: Split, rank: int, shift: bool = True) -> Factors:
     """Return the factors of a split with the given rank; ``shift`` False leaves the bias alone."""
-    basis = split.basis[:, :rank]
+    basis = split.basis[:, :rank].copy()  # the factors are not to keep all of the basis in memory
     coefficients = split.coefficients - basis @ (basis.T @ split.coefficients)
     by_channel = np.argsort(split.support)
     factors = Factors(
