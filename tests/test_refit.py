@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from onnx_lrs.solvers import Accumulator, Candidate, Settings, cascade, fit, spatial
 from onnx_lrs.solvers.activation import LINEAR, RELU, clip, leaky_relu
-from onnx_lrs.solvers.cascade import GRID, METRICS, Trial, refit
+from onnx_lrs.solvers.cascade import GRID, METRICS, Tried, refit
 from onnx_lrs.solvers.problem import Columns, Factors, Problem, Response, SpatialFactors
 from tests.builders import planted, planted_elements, planted_spatial
 
@@ -229,10 +229,9 @@ def test_a_spatial_form_is_never_worse_on_the_checks_than_its_start(rows, seed):
 
 
 def test_of_dampings_that_fit_alike_the_weakest_goes_on_behind_an_activation():
-    start = start_of("low_rank")
-    trials = [Trial(error, start, damping) for error, damping in ((1.05, 0.01), (1.005, 0.1), (1.0, 1.0), (1.2, 10.0))]
-    assert cascade._least(trials, lambda trial: trial.damping, tie=True).damping == 0.1
-    assert cascade._least(trials, lambda trial: trial.damping, tie=False).damping == 1.0
+    tried = [Tried(0.01, 1.05), Tried(0.1, 1.005), Tried(1.0, 1.0), Tried(10.0, 1.2)]
+    assert cascade._least(tried, tie=True) == 0.1
+    assert cascade._least(tried, tie=False) == 1.0
 
 
 def test_a_planted_spatial_kernel_is_found_from_its_own_weight():

@@ -23,7 +23,7 @@ from onnx_lrs.solvers.moments import Accumulator, Moments, permuted
 from onnx_lrs.solvers.problem import Columns, Response
 
 LEAST_KEPT = 64  # columns, whatever the memory
-REFITS = 9  # sets of factors tried for a layer
+WEIGHTS_PER_REFIT = 10  # out x width float64 at once: weight, C, T, their images, reduced rows, factors, temporaries
 MOST_FIT, MOST_JUDGE = 20_000, 4_096  # columns kept to fit behind the activation, and to choose or judge
 Floats = NDArray[np.float32]
 
@@ -154,7 +154,7 @@ def rows_to_keep(reading: Reading, memory_bytes: int, fit: bool) -> int:
 
 
 def bytes_of(reading: Reading, memory_bytes: int) -> int:
-    """Return what the pairs of a layer take in memory: samples of three roles, moments, and its linear refits."""
+    """Return what the pairs of a layer take in memory: samples of three roles, moments, and one refit."""
     row = 4 * (reading.width + 2 * reading.layer.out)
     rows = rows_to_keep(reading, memory_bytes, fit=True) + 2 * rows_to_keep(reading, memory_bytes, fit=False)
-    return rows * row + 8 * reading.width * (reading.width + (1 + REFITS) * reading.layer.out)
+    return rows * row + 8 * reading.width * (reading.width + WEIGHTS_PER_REFIT * reading.layer.out)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from onnx_lrs.calibration.pairs import PairStatistic
+from onnx_lrs.calibration.pairs import WEIGHTS_PER_REFIT, PairStatistic
 from onnx_lrs.graph.layers import Layer, affine_behind, bias_row, weight_matrix
 from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Task
 from onnx_lrs.solvers.behind import activation_error, output_error
-from onnx_lrs.solvers.cascade import GRID, ROUNDS, Refit, as_it_is, finish, linear
+from onnx_lrs.solvers.cascade import GRID, ROUNDS, Refit, Tried, as_it_is, finish, linear
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Problem
 
 
@@ -31,20 +31,29 @@ def refits(shop: Shop, places: Sequence[Place], behind_activation: bool, done: C
 
     Every damping of every layer is a solve of its own. ``done`` is told each layer as soon as it is known.
     """
-    bench, workers, most = shop.bench, shop.workers, shop.at_once([place.layer for place in places], 1)
+    bench, workers, most = shop.bench, shop.workers, _at_once(shop, places)
     problems = [paired_problem(bench, place) for place in places]
-    trials = workers.map(as_it_is, [Task(p.d, (p, e.start)) for p, e in zip(problems, places, strict=True)], most)
+    starts = workers.map(as_it_is, [Task(p.d, (p, e.start)) for p, e in zip(problems, places, strict=True)], most)
+    pulls: list[list[Tried]] = [[] for _ in places]
     fixed = [isinstance(place.start, ElementFactors) for place in places]
     asked = [(i, damping) for i in range(len(places)) for damping in GRID if not fixed[i]]
     tasks = [Task(problems[i].d, (problems[i], places[i].start, damping)) for i, damping in asked]
-    for (i, _), trial in zip(asked, workers.map(linear, tasks, most), strict=True):
-        trials[i].append(trial)
+    for (i, _), tried in zip(asked, workers.map(linear, tasks, most), strict=True):
+        pulls[i].append(tried)
 
     def finished(number: int, end: Refit) -> None:
         done(places[number].layer, _fitted(bench, places[number], problems[number], end))
 
     rounds = ROUNDS if behind_activation else ()
-    workers.map(finish, [Task(p.d, (p, own, rounds)) for p, own in zip(problems, trials, strict=True)], most, finished)
+    ends = zip(problems, starts, pulls, strict=True)
+    workers.map(finish, [Task(p.d, (p, own, tried, rounds)) for p, own, tried in ends], most, finished)
+
+
+def _at_once(shop: Shop, places: Sequence[Place]) -> int:
+    """Return how many refits have room in memory at the same time; at least one."""
+    layers = [place.layer for place in places]
+    largest = max(8 * WEIGHTS_PER_REFIT * layer.params for layer in layers)
+    return max(1, min(shop.at_once(layers, 1), shop.setting.memory_bytes // largest))
 
 
 def _fitted(bench: Bench, place: Place, problem: Problem, found: Refit) -> Fitted:

@@ -24,7 +24,7 @@ the other columns behind phi is kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -146,12 +146,19 @@ def with_mean(problem: Problem, factors: AnyFactors, mean: Array) -> AnyFactors:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Factors and their error behind the activation on the checks; delta and mu, None where they are no refit."""
+    """Factors and their error behind the activation on the checks; delta is None where they are no refit."""
 
     error: float
     factors: AnyFactors
     damping: float | None = None
-    metric: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """The error of a fit with one damping. Its factors are made again if wanted: those of all would fill the memory."""
+
+    damping: float
+    error: float
 
 
 def refit(
@@ -176,8 +183,9 @@ def refit(
     metrics : sequence of float
         Dampings mu of the metric to try.
     """
-    trials = [*as_it_is(problem, start), *(linear(problem, start, each, metrics[0]) for each in grid)]
-    return finish(problem, trials, rounds, metrics)
+    fixed = isinstance(start, ElementFactors)
+    pulls = [] if fixed else [linear(problem, start, damping, metrics[0]) for damping in grid]
+    return finish(problem, as_it_is(problem, start), pulls, rounds, metrics)
 
 
 def as_it_is(problem: Problem, start: AnyFactors) -> list[Trial]:
@@ -187,63 +195,61 @@ def as_it_is(problem: Problem, start: AnyFactors) -> list[Trial]:
     return [Trial(_error(problem, factors), factors) for factors in (start, centred)]
 
 
-def linear(problem: Problem, start: AnyFactors, damping: float, metric: float = METRICS[0]) -> Trial:
-    """Return the linear refit with one pull delta; single elements stay as they are."""
+def linear(problem: Problem, start: AnyFactors, damping: float, metric: float = METRICS[0]) -> Tried:
+    """Return how good the linear refit with one pull delta is; the start has no single elements."""
     assert problem.response is not None
-    if isinstance(start, ElementFactors):
-        return as_it_is(problem, start)[1]
+    assert not isinstance(start, ElementFactors)
     target = pull(problem, damping).target(centred_cross(problem, problem.response))
     form = Form(problem, isinstance(start, SpatialFactors), metric)
-    factors = form.fit(target, start, problem.response.mean, steps=False)
-    return Trial(_error(problem, factors), factors, damping, metric)
+    return Tried(damping, _error(problem, form.fit(target, start, problem.response.mean, steps=False)))
 
 
 def finish(
-    problem: Problem, trials: Sequence[Trial], rounds: Sequence[float], metrics: Sequence[float] = METRICS
+    problem: Problem,
+    starts: Sequence[Trial],
+    pulls: Sequence[Tried],
+    rounds: Sequence[float],
+    metrics: Sequence[float] = METRICS,
 ) -> Refit:
-    """Go on from linear trials, the first of which is the start: choose delta, then mu, then behind the activation."""
+    """Go on from the start, the first of ``starts``: choose delta, then mu, then fit behind the activation."""
     assert problem.response is not None
-    start, best, mean = trials[0], min(trials, key=_by_error), problem.response.mean
-    tried = [trial for trial in trials if trial.damping is not None]
-    if not tried or isinstance(start.factors, ElementFactors):
-        return Refit(best.factors, best.damping, (start.error, best.error, best.error))
+    start, best, mean = starts[0].factors, min(starts, key=_by_error), problem.response.mean
+    if not pulls:
+        return Refit(best.factors, None, (starts[0].error, best.error, best.error))
     behind = rounds if problem.activation != LINEAR else ()
-    known = _least(tried, lambda trial: trial.damping, bool(behind))
-    pulled = pull(problem, known.damping or 0.0)
+    pulled = pull(problem, _least(pulls, bool(behind)))
     target = pulled.target(centred_cross(problem, problem.response))
-    spatial = isinstance(start.factors, SpatialFactors)
+    spatial = isinstance(start, SpatialFactors)
 
-    def fitted(form: Form, metric: float, steps: bool) -> Trial:
+    def fitted(form: Form, steps: bool) -> float:
         nonlocal best
-        factors = form.fit(target, start.factors, mean, steps)
-        found = Trial(_error(problem, factors), factors, pulled.damping, metric)
+        factors = form.fit(target, start, mean, steps)
+        found = Trial(_error(problem, factors), factors, pulled.damping)
         best = min(best, found, key=_by_error)
-        return dataclasses.replace(found, factors=start.factors)  # of all but the best only the error is wanted
+        return found.error
 
-    fits = [known]
-    fits += [fitted(Form(problem, spatial, mu), mu, steps=False) for mu in metrics if mu != known.metric]
-    metric = _least(fits, lambda trial: trial.metric, bool(behind)).metric or 0.0
-    form = Form(problem, spatial, metric)
+    errors = [Tried(mu, fitted(Form(problem, spatial, mu), steps=False)) for mu in metrics]
+    form = Form(problem, spatial, _least(errors, bool(behind)))
     if spatial:
-        fitted(form, metric, steps=True)
+        fitted(form, steps=True)
     linearly = best.error
     if behind:
         for factors in behind_activation(problem, best.factors, (pulled, form), behind):
-            best = min(best, Trial(_error(problem, factors), factors, pulled.damping, metric), key=_by_error)
-    return Refit(best.factors, best.damping, (start.error, linearly, best.error))
+            best = min(best, Trial(_error(problem, factors), factors, pulled.damping), key=_by_error)
+    return Refit(best.factors, best.damping, (starts[0].error, linearly, best.error))
 
 
 def _by_error(trial: Trial) -> float:
     return trial.error
 
 
-def _least(trials: Sequence[Trial], damping: Callable[[Trial], float | None], tie: bool) -> Trial:
-    """Return the best trial; with ``tie`` the one of least damping among those that are nearly as good.
+def _least(tried: Sequence[Tried], tie: bool) -> float:
+    """Return the damping of least error; with ``tie`` the least damping among those that are nearly as good.
 
     Where many fit equally well, a strong one would only hold back what comes behind the activation.
     """
-    most = (1 + TIE * tie) * min(map(_by_error, trials))
-    return min((trial for trial in trials if trial.error <= most), key=lambda trial: damping(trial) or 0.0)
+    most = (1 + TIE * tie) * min(each.error for each in tried)
+    return min(each.damping for each in tried if each.error <= most)
 
 
 def _error(problem: Problem, factors: AnyFactors) -> float:
