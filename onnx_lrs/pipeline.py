@@ -440,9 +440,9 @@ def _fit_in_cascade(
         return cascade.run(chosen, starts, job.progress)
 
 
-def _from_shelf(bench: Bench, layer: Layer, shelf: Shelf, plan: Plan) -> tuple[Question, Candidate]:
+def _from_shelf(bench: Bench, layer: Layer, shelf: Shelf, plan: Plan) -> tuple[Question, Candidate | float]:
     """Return what the start of one layer is fitted with, taken from the shelf when its turn comes."""
-    return bench.question(layer, shelf.take(layer.node)), plan.chosen[layer.node]
+    return _asked(bench, layer, shelf.take(layer.node), plan)
 
 
 def _plan(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Plan:

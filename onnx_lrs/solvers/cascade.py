@@ -9,8 +9,8 @@ the metric,
 so that every closed form for (W, H) serves (T, H + mu I). METHODS has mu = delta; apart they do different things: a
 large delta leaves the correction out, where few columns cannot tell it, a large mu lets H count for less. delta is the
 one of a grid that is best on other columns, then mu (where an activation follows, the least of those within 1 % of the
-best); what comes of it is taken if it is better there than the factors
-that it starts from, which were fitted layer by layer: too few samples fall back to those.
+best); what comes of it is taken if it is better there than the factors that it starts from, which were fitted layer by
+layer: too few samples fall back to those.
 
 Behind a piecewise linear activation phi the target y is then replaced, in turns, by
 

@@ -11,6 +11,7 @@ taken tap by tap, so that one with the regressors of rank r costs r / out of wha
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,14 +58,10 @@ def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[
 
 def fit_spatial(problem: Problem, rank: int, damping: float) -> tuple[SpatialFactors, tuple[float, ...]]:
     """Return the factors of one rank and J (on the damped metric) after the fit of left, right and left again."""
-    right, goal = _right_basis(problem)[:rank], by_tap(problem, damped(problem, damping))
-    left = goal.regression(right).left()
-    history = [goal.objective(left, right)]
-    if goal.metric is not None:
-        right = goal.right(left, right)
-        history.append(goal.objective(left, right))
-        left = goal.regression(right).left()
-        history.append(goal.objective(left, right))
+    goal = by_tap(problem, damped(problem, damping))
+    halves = [*goal.halves(_right_basis(problem)[:rank], steps=goal.metric is not None)]
+    history = [goal.objective(*half) for half in halves]
+    left, right = halves[-1]
     dense = SpatialFactors(left, right, np.zeros(0)).dense()
     shift = np.zeros(problem.out)
     if problem.affine and problem.moments is not None:
@@ -102,11 +99,17 @@ class ByTap:
 
     def fit(self, right: Array, steps: bool) -> SpatialFactors:
         """Return the best left for a right, (rank, channels, kh); with ``steps``, right moved once as well."""
+        *_, (left, moved) = self.halves(right, steps)
+        return SpatialFactors(left, moved, np.zeros(len(left)))
+
+    def halves(self, right: Array, steps: bool) -> Iterator[tuple[Array, Array]]:
+        """Yield left and right after each half of the fit: left, and with ``steps`` right and left again."""
         left = self.regression(right).left()
+        yield left, right
         if steps:
             right = self.right(left, right)
-            left = self.regression(right).left()
-        return SpatialFactors(left, right, np.zeros(len(left)))
+            yield left, right
+            yield self.regression(right).left(), right
 
     def regression(self, right: Array) -> Regression:
         """Return what every left for a prefix of ``right``, (rank, channels, kh), needs."""
