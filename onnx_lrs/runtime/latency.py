@@ -1,9 +1,12 @@
-"""How long one call takes: both models in turn, so that a drifting machine slows both."""
+"""How long one call takes: models in turn, so that a drifting machine slows all of them."""
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from onnx_lrs.runtime.session import Feed, Session
 
@@ -17,14 +20,27 @@ def interleaved(sessions: tuple[Session, Session], feed: Feed) -> tuple[float, f
 
     After a warm-up, rounds A B, B A, ... run for about two seconds (at least 10 rounds, at most 200).
     """
-    for session in sessions * WARM_UP:
-        session.run(feed)
-    times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + SECONDS
-    while len(times[0]) < ROUNDS[0] or (time.perf_counter() < end and len(times[0]) < ROUNDS[1]):
-        order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
-        for which in order:
+    first, second = np.median(times_in_turn(sessions, (feed, feed), SECONDS), axis=0)
+    return float(first), float(second)
+
+
+def times_in_turn(sessions: Sequence[Session], feeds: Sequence[Feed], seconds: float) -> NDArray[np.float64]:
+    """Return the time of every call in milliseconds, shape (rounds, sessions).
+
+    After a warm-up every session runs once a round, forwards and backwards in turn, for about ``seconds`` (at least 10
+    rounds, at most 200).
+    """
+    for session, feed in zip(sessions, feeds, strict=True):
+        for _ in range(WARM_UP):
+            session.run(feed)
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < ROUNDS[0] or (time.perf_counter() < end and len(rounds) < ROUNDS[1]):
+        times = [0.0] * len(sessions)
+        order = range(len(sessions))
+        for which in order if len(rounds) % 2 == 0 else reversed(order):
             start = time.perf_counter()
-            sessions[which].run(feed)
-            times[which].append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0]), statistics.median(times[1])
+            sessions[which].run(feeds[which])
+            times[which] = 1e3 * (time.perf_counter() - start)
+        rounds.append(times)
+    return np.array(rounds)
