@@ -225,6 +225,11 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
     fit.add_argument("--jobs", type=int, metavar="N", help="layers solved at the same time (as many as threads)")
     fit.add_argument(
+        "--provider",
+        metavar="NAME",
+        help="where both models are compared and timed: cpu (default), cuda or tensorrt; the fit runs on the CPU",
+    )
+    fit.add_argument(
         "--work",
         metavar="DIR",
         help="keep finished layers and statistics in DIR: the same command continues after an interruption. Reads the "

@@ -12,8 +12,10 @@ from onnx_lrs.errors import ConfigError
 DEFAULT_PARAMS = 0.5
 Fit = Literal["cascade", "cascade-linear", "independent"]
 FITS: tuple[Fit, ...] = ("cascade", "cascade-linear", "independent")
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: tuple[Provider, ...] = ("cpu", "cuda", "tensorrt")
 GIB = 1 << 30
-UNDECIDING = ("work", "jobs")  # settings that change how a result is reached, never the result
+UNDECIDING = ("work", "jobs", "provider")  # settings that change how a result is reached, never the result
 MEANING = {
     "params": "the fraction of the original that may remain",
     "gain": "the relative error that a layer's output may have",
@@ -177,6 +179,8 @@ class Config:
         Threads of ONNX Runtime's operators and of the reported latency.
     jobs : int, optional
         Layers and candidates solved at the same time; None: as many as ``threads``. Decides the time, not the file.
+    provider : {"cpu", "cuda", "tensorrt"}
+        Where ONNX Runtime runs the two models that are compared and timed. The fit runs on the CPU in any case.
     seed : int
         Decides the split of the samples and the sampled positions; same seed, same file.
     exclude : tuple of str
@@ -204,6 +208,7 @@ class Config:
     batch: int = 32
     threads: int = dataclasses.field(default_factory=available_threads)
     jobs: int | None = None
+    provider: Provider = "cpu"
     seed: int = 0
     exclude: tuple[str, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -232,6 +237,7 @@ class Config:
         _require(self.batch >= 1, f"--batch is {self.batch}; it must be at least 1.")
         _require(self.threads >= 1, f"--threads is {self.threads}; it must be at least 1.")
         _require(self.jobs is None or self.jobs >= 1, f"--jobs is {self.jobs}; it must be at least 1.")
+        _require(self.provider in PROVIDERS, f"--provider is {self.provider!r}; use {', '.join(PROVIDERS)}.")
         _require(self.seed >= 0, f"--seed is {self.seed}; it must not be negative.")
         _require(
             self.memory_bytes >= GIB // 4,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 STDOUT, STDERR = 1, 2
@@ -32,3 +34,16 @@ def redirected(descriptor: int, target: int | None) -> Iterator[None]:
     finally:
         os.dup2(saved, descriptor)
         os.close(saved)
+
+
+@contextlib.contextmanager
+def overheard() -> Iterator[io.StringIO]:
+    """Hold back what Python prints and what native code writes to stderr; afterwards the buffer holds the text."""
+    text = io.StringIO()
+    with tempfile.TemporaryFile() as native:
+        try:
+            with redirected(STDERR, native.fileno()), contextlib.redirect_stdout(text):
+                yield text
+        finally:
+            native.seek(0)
+            text.write(native.read().decode(errors="replace"))

@@ -51,9 +51,20 @@ from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Executor, Task, Workers
 from onnx_lrs.progress import Progress, Timer
 from onnx_lrs.report.environment import arithmetic, environment, peak_memory_bytes, versions
-from onnx_lrs.report.result import Certificate, Form, LayerResult, OutputQuality, Result, SkippedLayer, Totals, ratio_of
+from onnx_lrs.report.result import (
+    Certificate,
+    Form,
+    LayerResult,
+    Optimised,
+    OutputQuality,
+    Result,
+    SkippedLayer,
+    Totals,
+    ratio_of,
+)
 from onnx_lrs.runtime.latency import interleaved
-from onnx_lrs.runtime.session import Session, is_mapped
+from onnx_lrs.runtime.optimised import look_at_both
+from onnx_lrs.runtime.session import Session, check_provider, is_mapped
 from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Settings, Solution, Status
 from onnx_lrs.solvers.closed_form import form_of
@@ -128,7 +139,7 @@ def compress(job: Job) -> Result:
             factors = {node: f.factors for node, f in fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks, scratch)
         layers = _layer_results(subject, rewritten, outcome, known=material.samples is not None)
-        before, after, quality, provider, certificate = _judge(
+        before, after, quality, provider, certificate, optimised = _judge(
             job, subject, material, (rewritten.model, outcome.promised), clock
         )
         after = _write(job, rewritten.model, after, bool(outside), clock)
@@ -146,6 +157,7 @@ def compress(job: Job) -> Result:
         environment=environment(provider, job.config.threads, job.config.seed),
         seconds=clock.total(),
         profile=clock.timer.rounded(),
+        optimised=optimised,
         peak_memory_bytes=peak_memory_bytes(),
         certificate=certificate,
         notes=(
@@ -170,10 +182,14 @@ def check_request(job: Job) -> None:
         file.
     OutputError
         The output is a folder, or its folder is missing or cannot be written to.
+    RuntimeEnvironmentError
+        The provider does not start.
     """
     _check_method(job)
     if job.config.work is not None:
         refuse_file(pathlib.Path(job.config.work))
+    if job.config.provider != "cpu":
+        check_provider(job.config.provider)
     if job.output is None:
         return
     if not isinstance(job.source, onnx.ModelProto) and _same_file(pathlib.Path(job.source), job.output):
@@ -526,7 +542,7 @@ def _asked(
 
 def _judge(
     job: Job, subject: Subject, material: Material, made: tuple[onnx.ModelProto, Promise | str | None], clock: Clock
-) -> tuple[Totals, Totals, tuple[OutputQuality, ...] | None, str, Certificate | None]:
+) -> tuple[Totals, Totals, tuple[OutputQuality, ...] | None, str, Certificate | None, Optimised | None]:
     """Check the new model and measure both; nothing is written before this is through."""
     config, (model, promised) = job.config, made
     batching = (subject.batch, subject.dynamic_batch)
@@ -536,10 +552,11 @@ def _judge(
         check_structure(subject.original, model)
         view = View(model)
         shapes = measure_shapes(model, view, [], subject.feed, config.threads)
+        optimised = look_at_both((subject.original, model), config.threads, config.provider)
         mapped = is_mapped(subject.original)  # both alike, or their latencies do not compare
         sessions = (
-            stack.enter_context(Session(subject.original, config.threads, mapped)),
-            stack.enter_context(Session(model, config.threads, mapped)),
+            stack.enter_context(Session(subject.original, config.threads, mapped, config.provider)),
+            stack.enter_context(Session(model, config.threads, mapped, config.provider)),
         )
         quality = None
         if material.judge is not None:
@@ -557,7 +574,7 @@ def _judge(
         models.weight_count(model), sum(macs_by_node(view, shapes).values()), models.stored_bytes(model), fast
     )
     _check_budget(job.config.budget, before, after)
-    return before, after, quality, sessions[1].provider, certificate
+    return before, after, quality, sessions[1].provider, certificate, optimised
 
 
 def _certificate(

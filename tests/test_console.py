@@ -19,6 +19,8 @@ from onnx_lrs.report.result import (
     Inspection,
     LayerInfo,
     LayerResult,
+    Optimised,
+    OptimisedGraph,
     OutputQuality,
     Result,
     SkippedLayer,
@@ -72,9 +74,23 @@ def typical(**changes) -> Result:
         "environment": {"provider": "CPUExecutionProvider"},
         "seconds": {"capture": 3.2, "fit": 8.1},
         "peak_memory_bytes": 812_000_000,
+        "optimised": optimised(),
         "notes": ("No preprocessing was named: pixels are scaled to 0..1 at the size of the model's input.",),
     }
     return Result(**(values | changes))
+
+
+def optimised() -> Optimised:
+    """Return what became of a network with a shortcut that was no Conv's before either."""
+    before = OptimisedGraph({"com.microsoft.nchwc.Conv": 19, "Add": 1}, 19, 19, 2, 18, 3, ("relu",), ("block/Add",))
+    after = OptimisedGraph(
+        {"Conv": 1, "com.microsoft.nchwc.Conv": 25, "Add": 5},
+        *(26, 25, 6, 17, 4),
+        ("relu", "clip"),
+        ("block/Add", *(f"/part{i}/conv/Conv.sum" for i in range(4))),
+        ("/part9/conv/Conv.right_product",),
+    )
+    return Optimised(before, after)
 
 
 def laden_with_none() -> Result:
@@ -92,6 +108,7 @@ def laden_with_none() -> Result:
         seconds={},
         peak_memory_bytes=0,
         notes=(),
+        optimised=None,
     )
 
 
@@ -207,6 +224,33 @@ def test_many_reasons_are_cut_short():
 def test_a_form_is_shown_with_its_figures(form, words):
     text = render(typical(layers=(layer(0, form, name="c"),), skipped=()), width=100)
     assert re.search(rf"Conv 512x256x3x3  {re.escape(words)}  ", text)
+
+
+def test_what_onnxruntime_fuses_is_a_line_and_by_name_what_compression_left_alone():
+    text = flat(render(typical(), width=100))
+    assert "As ONNX Runtime runs it: 20 -> 31 nodes; Conv 19 -> 26, in NCHWc 19 -> 25; reorders 2 -> 6; " in text
+    assert "activations fused 18 -> 17; activations alone 1 -> 2; sums fused 3 -> 4; sums alone 1 -> 5." in text
+    assert "copies" not in text
+    names = ", ".join(f"/part{i}/conv/Conv.sum" for i in range(3))
+    assert f"Not fused: {names} and 2 more (-v: all)." in text
+    assert "Conv outside NCHWc: /part9/conv/Conv.right_product." in text
+    assert "block/Add" not in text
+
+
+def test_verbose_counts_the_nodes_that_run_and_names_all_that_stand_alone():
+    text = flat(render(typical(), verbose=True, width=100))
+    assert "com.microsoft.nchwc.Conv 19 25" in text
+    assert "Add 1 5" in text
+    assert "Not fused: block/Add, " in text
+    assert "more (-v: all)" not in text
+
+
+def test_what_a_device_leaves_to_the_cpu_is_said():
+    graph = OptimisedGraph({"MatMul": 2, "MemcpyToHost": 1}, 0, 0, 0, 0, 0, copies=1, elsewhere=("shape",))
+    before = dataclasses.replace(graph, copies=0, elsewhere=None)
+    text = flat(render(typical(optimised=Optimised(before, graph)), width=100))
+    assert "runs it: 3 -> 3 nodes; copies to or from the CPU 0 -> 1; nodes left to the CPU 0 -> 1." in text
+    assert "Left to the CPU: shape." in text
 
 
 def test_dropped_filters_are_shown():

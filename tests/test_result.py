@@ -18,6 +18,8 @@ from onnx_lrs.report.result import (
     Inspection,
     LayerInfo,
     LayerResult,
+    Optimised,
+    OptimisedGraph,
     OutputQuality,
     Ratio,
     Result,
@@ -28,10 +30,12 @@ from onnx_lrs.report.result import (
 
 PAGE = (Path(__file__).parent.parent / "docs" / "result.md").read_text(encoding="utf-8")
 RECORDS = [Result, Certificate, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
+RECORDS += [Optimised, OptimisedGraph]
 
 
 def full_result() -> Result:
     before, after = Totals(1000, 2000, 4000, 3.0), Totals(500, 0, 2000, 1.5)
+    graph = OptimisedGraph({"com.microsoft.nchwc.Conv": 1}, 1, 1, 2, 1, 0, ("relu",), ("c.sum",))
     layer = LayerResult("c", "Conv", (8, 4, 3, 3), "low-rank", 2, 0, 0, 4, 8, 8, 288, 88, 900, 400, math.inf)
     return Result(
         input="a.onnx",
@@ -47,6 +51,7 @@ def full_result() -> Result:
         seconds={"total": 1.5},
         peak_memory_bytes=7,
         notes=("One.", "Two."),
+        optimised=Optimised(graph, dataclasses.replace(graph, elsewhere=None)),
         model=object(),  # type: ignore[arg-type]
     )
 

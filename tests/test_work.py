@@ -375,7 +375,7 @@ OTHER = {
 
 
 def test_the_key_changes_with_every_setting_but_the_folder():
-    assert {field.name for field in dataclasses.fields(Config)} - {"work", "jobs"} == set(OTHER)
+    assert {field.name for field in dataclasses.fields(Config)} - {"work", "jobs", "provider"} == set(OTHER)
     keys = {key_of(), *(key_of(**{name: value}) for name, value in OTHER.items())}
     assert len(keys) == 1 + len(OTHER)
 

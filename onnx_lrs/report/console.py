@@ -24,11 +24,12 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from onnx_lrs.report.result import Inspection, LayerInfo, LayerResult, OutputQuality, Result
+from onnx_lrs.report.result import Inspection, LayerInfo, LayerResult, Optimised, OutputQuality, Result
 
 REPORT_WIDTH = 100
 SUMMARY_LAYERS = 8
 SUMMARY_REASONS = 8
+SUMMARY_NODES = 3
 INSPECTED_LAYERS = 20
 UNKNOWN = "-"
 
@@ -177,7 +178,8 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
     console : rich.console.Console, optional
         Where to print; stderr by default.
     """
-    blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result), "", *_quality(result.quality)]
+    blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result)]
+    blocks += [*_optimised(result.optimised, verbose), "", *_quality(result.quality)]
     blocks += ["", *_layers(result, verbose), *_certificate(result)]
     blocks += _skipped_all(result) if verbose else _skipped_summary(result)
     blocks += ["", *_notes(result.notes), _effort_line(result, verbose)]
@@ -211,6 +213,59 @@ def _latency_line(result: Result) -> list[Text]:
     if provider is not None:
         words.append(str(provider))
     return [_text(", ".join(words) + ".")]
+
+
+def _optimised(optimised: Optimised | None, verbose: bool) -> list[RenderableType]:
+    """Return what ONNX Runtime fused, and by name what it does not fuse in the compressed model alone (-v: all)."""
+    if optimised is None:
+        return []
+    after, known = optimised.after, _stood_before(optimised)
+    named = {
+        "Not fused": after.unfused_sums + after.unfused_activations,
+        "Conv outside NCHWc": after.outside_nchwc if after.nchwc else (),
+        "Left to the CPU": after.elsewhere or (),
+    }
+    lines: list[RenderableType] = [_optimised_line(optimised)]
+    for title, nodes in named.items():
+        told = nodes if verbose else tuple(node for node in nodes if node not in known)
+        shown = told if verbose else told[:SUMMARY_NODES]
+        rest = f" and {len(told) - len(shown)} more (-v: all)" if len(told) > len(shown) else ""
+        if told:
+            lines.append(_text(f"{title}: {', '.join(shown)}{rest}."))
+    return [*lines, "", _op_counts(optimised)] if verbose else lines
+
+
+def _optimised_line(optimised: Optimised) -> Text:
+    before, after = optimised.before, optimised.after
+    whole = (before.nchwc, after.nchwc) == (before.convs, after.convs)
+    layout = "all in NCHWc" if whole else f"in NCHWc {before.nchwc} -> {after.nchwc}"
+    counts = [  # those that are zero twice are left out
+        ("reorders", before.reorders, after.reorders),
+        ("activations fused", before.activations, after.activations),
+        ("activations alone", len(before.unfused_activations), len(after.unfused_activations)),
+        ("sums fused", before.sums, after.sums),
+        ("sums alone", len(before.unfused_sums), len(after.unfused_sums)),
+        ("copies to or from the CPU", before.copies, after.copies),
+        ("nodes left to the CPU", len(before.elsewhere or ()), len(after.elsewhere or ())),
+    ]
+    parts = [f"Conv {before.convs} -> {after.convs}, {layout}"] if before.convs or after.convs else []
+    parts += [f"{name} {one} -> {other}" for name, one, other in counts if one or other]
+    nodes = f"{sum(before.ops.values())} -> {sum(after.ops.values())} nodes"
+    return _text(f"As ONNX Runtime runs it: {'; '.join([nodes, *parts])}.")
+
+
+def _stood_before(optimised: Optimised) -> set[str]:
+    """Return what stands alone in the original network as well: compression is no reason for it."""
+    before = optimised.before
+    return {*before.unfused_sums, *before.unfused_activations, *before.outside_nchwc, *(before.elsewhere or ())}
+
+
+def _op_counts(optimised: Optimised) -> Table:
+    before, after = optimised.before.ops, optimised.after.ops
+    table = _table("Operator", ">Before", ">After", title="Nodes that ONNX Runtime runs")
+    for name in sorted(before.keys() | after.keys()):
+        table.add_row(_text(name), str(before.get(name, 0)), str(after.get(name, 0)))
+    return table
 
 
 def _quality(quality: tuple[OutputQuality, ...] | None) -> list[RenderableType]:

@@ -93,6 +93,38 @@ class Certificate:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimisedGraph:
+    """What ONNX Runtime made of a model's graph when it loaded it (subgraphs of If and Loop are not looked into).
+
+    ``ops`` counts its nodes, non-standard operators with their domain in front. ``nchwc`` of the ``convs`` run in
+    the blocked layout of the CPU, ``reorders`` lead into it and out of it. ``activations`` and ``sums`` were fused into
+    a layer (Conv, Gemm, MatMul); the ``unfused`` ones stand behind one as nodes of their own. A sum has two computed
+    operands, so adding a bias is none. ``copies`` go between a device and the CPU, ``elsewhere`` are the nodes that the
+    provider left to the CPU (None where ONNX Runtime does not tell).
+    """
+
+    ops: dict[str, int]
+    convs: int
+    nchwc: int
+    reorders: int
+    activations: int
+    sums: int
+    unfused_activations: tuple[str, ...] = ()
+    unfused_sums: tuple[str, ...] = ()
+    outside_nchwc: tuple[str, ...] = ()
+    copies: int = 0
+    elsewhere: tuple[str, ...] | None = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimised:
+    """The original and the compressed model as ONNX Runtime runs them."""
+
+    before: OptimisedGraph
+    after: OptimisedGraph
+
+
+@dataclasses.dataclass(frozen=True)
 class SkippedLayer:
     """A layer that was left dense, and why."""
 
@@ -143,7 +175,7 @@ class Result(_Report):
     ``model`` is the compressed ModelProto and is not part of the JSON; large weights that lie in the output's data file
     are not in it, it refers to them as the file does. ``quality`` is None without data. ``notes`` are the plain
     sentences that the console shows as well. ``certificate`` is None without guarantees, or where they do not add up to
-    one (a note says why).
+    one (a note says why). ``optimised`` is None where ONNX Runtime's own graph was not looked at.
     """
 
     input: str | None
@@ -161,6 +193,7 @@ class Result(_Report):
     certificate: Certificate | None = None
     notes: tuple[str, ...] = ()
     profile: dict[str, float] = dataclasses.field(default_factory=dict)
+    optimised: Optimised | None = None
     schema: int = SCHEMA
     model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import pathlib
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +15,19 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_lrs.config import Provider
 from onnx_lrs.errors import ModelError, RuntimeEnvironmentError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, save
 from onnx_lrs.graph.weights import below, common_folder, outside_bytes
-from onnx_lrs.native import STDERR, redirected
+from onnx_lrs.native import STDERR, overheard, redirected
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS: dict[Provider, tuple[str, ...]] = {"cpu": (CPU,), "cuda": (CUDA, CPU), "tensorrt": (TENSORRT, CUDA, CPU)}
+LIBRARIES = {
+    "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]' brings its libraries (CUDA 13, cuDNN 9)",
+    "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA 13 and cuDNN 9; TensorRT's libraries have to be "
+    "in LD_LIBRARY_PATH",
+}
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 # Measured on 1.31.1: absolute locations and links out of the model's folder are refused, buffers given for files or
 # initialisers are copied, and locations below this folder are mapped.
@@ -26,6 +35,9 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # Threads of a session spin for a while after a run and take the cores from the next session: two VGG-16 run in turn took
 # 12.9 ms a call instead of 6.7 alone, four took 33 (2 cores, 2 threads). With this they stop when the run is done.
 STOP_SPINNING = "session.force_spinning_stop"
+WRITTEN_WEIGHTS = "session.optimized_model_external_initializers_file_name"
+WRITTEN_OUTSIDE = "session.optimized_model_external_initializers_min_size_in_bytes"
+KEEP_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 MOST_COPIED = 2**28  # bytes of weights in files that a session may hold a second time for the sake of speed
 Feed = dict[str, NDArray[Any]]
 
@@ -66,38 +78,62 @@ def is_mapped(model: onnx.ModelProto) -> bool:
 
 
 class Session:
-    """One model ready to run on the CPU provider with a fixed number of threads.
+    """One model ready to run with a fixed number of threads, on the CPU provider unless another one is named.
 
     Use as a context manager: a model beyond protobuf's limit lives in a temporary folder until it is closed. Weights in
     files are mapped, not read. ONNX Runtime copies them all the same where it packs them for its kernels, changes their
-    layout or folds constants; a ``mapped`` session (default: by :func:`is_mapped`) does none of that.
+    layout or folds constants; a ``mapped`` session (default: by :func:`is_mapped`) does none of that. With ``written``
+    ONNX Runtime leaves its optimised graph in that file, and the weights beside it.
 
     Raises
     ------
     ModelError
         If ONNX Runtime cannot load the model.
+    RuntimeEnvironmentError
+        If another provider than the CPU's was named and does not start.
     """
 
-    def __init__(self, model: onnx.ModelProto, threads: int, mapped: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        threads: int,
+        mapped: bool | None = None,
+        provider: Provider = "cpu",
+        written: pathlib.Path | None = None,
+    ) -> None:
         ort = runtime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = ERRORS_ONLY
         options.add_session_config_entry(STOP_SPINNING, "1")
-        without: list[str] = []
+        more: dict[str, Any] = {"providers": list(PROVIDERS[provider]), "disabled_optimizers": []}
         if is_mapped(model) if mapped is None else mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-            without = ["ConstantFolding"]
+            more["disabled_optimizers"] = ["ConstantFolding"]
+        if written is not None:
+            _write_to(written, options)
         self._folder = contextlib.ExitStack()
+        said = io.StringIO()
         try:
             content = self._loadable(model, options)
-            self._session = ort.InferenceSession(content, options, providers=[CPU], disabled_optimizers=without)
+            if provider == "cpu":
+                self._session = ort.InferenceSession(content, options, **more)
+            else:
+                with overheard() as said:  # a fall-back is said on the terminal only
+                    if hasattr(ort, "preload_dlls"):  # since 1.21: CUDA's libraries that pip installed
+                        ort.preload_dlls()
+                    self._session = ort.InferenceSession(content, options, **more, enable_fallback=0)
         except Exception as error:
             self._folder.close()
+            if provider != "cpu":
+                raise _not_started(provider, None, f"{said.getvalue()}\n{error}") from error
             raise ModelError(f"ONNX Runtime cannot load the model: {_short(error)}") from error
         self.provider: str = self._session.get_providers()[0]
+        if self.provider != PROVIDERS[provider][0]:
+            self.close()
+            raise _not_started(provider, self.provider, said.getvalue())
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
 
     def _loadable(self, model: onnx.ModelProto, options: Any) -> bytes | str:
@@ -132,6 +168,18 @@ class Session:
             ) from error
         return {name: np.asarray(value) for name, value in zip(wanted, values, strict=True)}
 
+    def elsewhere(self) -> tuple[str, ...] | None:
+        """Return the names of the nodes that the provider left to another one.
+
+        None where ONNX Runtime does not tell: it does from some version behind 1.20 on, for sessions with ``written``.
+        """
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return None
+        parts = self._session.get_provider_graph_assignment_info()
+        return tuple(
+            node.name or node.op_type for part in parts if part.ep_name != self.provider for node in part.get_nodes()
+        )
+
     def close(self) -> None:
         """Release the session and its temporary folder."""
         del self._session
@@ -142,6 +190,48 @@ class Session:
 
     def __exit__(self, *args: object) -> None:
         self.close()
+
+
+def check_provider(provider: Provider) -> None:
+    """Start a provider on a model of one node, so that a long run does not fail at its end.
+
+    Raises
+    ------
+    RuntimeEnvironmentError
+        If it does not start.
+    """
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", ends[:1], ends[1:])
+    opsets = [onnx.helper.make_opsetid("", 13)]
+    Session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=7), 1, False, provider).close()
+
+
+def _write_to(place: pathlib.Path, options: Any) -> None:
+    options.optimized_model_filepath = str(place)
+    options.add_session_config_entry(WRITTEN_WEIGHTS, f"{place.name}.weights")
+    options.add_session_config_entry(WRITTEN_OUTSIDE, "1024")
+    options.add_session_config_entry(KEEP_ASSIGNMENT, "1")
+
+
+def _not_started(provider: Provider, instead: str | None, said: str) -> RuntimeEnvironmentError:
+    """Return the error of a provider that did not start, with what ONNX Runtime ``said`` of the reason."""
+    asked, available = PROVIDERS[provider][0], runtime().get_available_providers()
+    outcome = "did not start" if instead is None else f"did not start, {instead} would run instead"
+    remedy = f"{LIBRARIES[provider]}; a driver for the device has to be there as well."
+    reason = _reason(said)
+    if asked not in available:
+        reason = f"this build of ONNX Runtime has {', '.join(available)} only"
+        remedy = "For NVIDIA devices: pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'."
+    message = f"--provider {provider}: {asked} {outcome}: {reason}."
+    return RuntimeEnvironmentError(message, f"{remedy} Or: --provider cpu")
+
+
+def _reason(said: str) -> str:
+    """Return the missing library in ONNX Runtime's words, or the last thing it said."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)  # colours
+    missing = re.search(r"with error: (.+)", plain)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return (missing[1].strip() if missing else lines[-1] if lines else "no reason was given").rstrip(".")[:500]
 
 
 def _short(error: BaseException) -> str:
