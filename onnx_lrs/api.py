@@ -13,8 +13,9 @@ from onnx_lrs.config import Budget, Config
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.model import ModelSource
 from onnx_lrs.graph.weights import scratch_for
-from onnx_lrs.pipeline import Job
 from onnx_lrs.pipeline import compress as run
+from onnx_lrs.planning.gate import Metric
+from onnx_lrs.planning.job import Job
 from onnx_lrs.progress import Progress, Silent
 from onnx_lrs.report.result import Inspection, LayerInfo, Result, Totals
 
@@ -30,8 +31,9 @@ def compress(
     config: Config | None = None,
     progress: Progress | None = None,
     executor: Executor | None = None,
+    metric: Metric | None = None,
 ) -> Result:
-    """Make a model smaller by low-rank + structured sparse weights.
+    """Make a model smaller and faster by low-rank + structured sparse weights.
 
     Parameters
     ----------
@@ -50,12 +52,17 @@ def compress(
     budget : Budget, optional
         Short for ``config.budget``; it wins over it.
     config : Config, optional
-        All settings. Default: ``Config()``, half of the parameters.
+        All settings. Default: ``Config()``: as fast as it gets within one point of quality where there is data.
     progress : Progress, optional
         Is told stages and steps; silent by default.
     executor : concurrent.futures.Executor, optional
         Solves layers side by side, in place of the ``config.jobs`` threads of this process: threads, processes or a
         cluster (dask's ``client.get_executor()``). The file is the same, to the byte. It is not shut down.
+
+    metric : callable, optional
+        What ``max_drop`` limits instead of accuracy or agreement: ``metric(predict, samples) -> float``, larger is
+        better, and the drop is that of the original less that of the compressed model. ``predict`` takes a feed (dict
+        of arrays) and returns the outputs by name; ``samples`` yields (numbers of the samples, feed).
 
     Returns
     -------
@@ -71,7 +78,7 @@ def compress(
     if budget is not None:
         settings = dataclasses.replace(settings, budget=budget)
     target = None if output is None else pathlib.Path(output)
-    return run(Job(model, target, Inputs(data, labels, test), settings, progress or Silent(), executor))
+    return run(Job(model, target, Inputs(data, labels, test), settings, progress or Silent(), executor, metric))
 
 
 def inspect(model: ModelSource, *, config: Config | None = None) -> Inspection:

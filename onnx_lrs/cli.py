@@ -23,6 +23,7 @@ from onnx_lrs.progress import Progress
 from onnx_lrs.report.result import Inspection, Result
 
 INTERRUPTED = 130
+UNCHANGED = 9
 DEMO_BUDGET = Budget(params=0.25)
 STDOUT = "-"
 # ONNX Runtime's official builds report usage to Microsoft unless this is set before they are imported (Privacy.md in
@@ -37,7 +38,8 @@ USAGE = """onnx-lrs MODEL -o OUT [options]
 
 EPILOG = """\
 examples:
-  onnx-lrs model.onnx -o small.onnx --data photos/ --preset imagenet --params 0.5
+  onnx-lrs model.onnx -o small.onnx --data photos/ --preset imagenet
+  onnx-lrs model.onnx -o small.onnx --data photos/ --preset imagenet --latency 0.5
   onnx-lrs model.onnx -o small.onnx --data calibration.npz --macs 0.6 --json report.json
 
 "onnx-lrs compress MODEL -o OUT" says the same. "onnx-lrs inspect --help" and "onnx-lrs demo --help" show the
@@ -53,6 +55,7 @@ exit codes:
   6    the compressed model failed a check; nothing was written
   7    the result could not be written
   8    ONNX Runtime is missing, doubled or lacks the provider
+  9    nothing makes the model faster within the limits: OUT is the original
   130  interrupted; nothing was written (with --work the same command continues)
 """
 
@@ -138,7 +141,8 @@ def _compress_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="the .onnx file to compress")
     parser.add_argument("-o", "--output", metavar="OUT", help="the .onnx file to write (required)")
-    _add_budget(parser, "half of the parameters: --params 0.5")
+    _add_budget(parser, "--max-drop 0.01 where there is data, else --params 0.5")
+    _add_plan(parser)
     data = parser.add_argument_group("calibration data")
     source = data.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="PATH", help="a folder of images, or an .npy or .npz file")
@@ -168,19 +172,44 @@ def _demo_parser() -> argparse.ArgumentParser:
     parser = _new_parser("onnx-lrs demo", "Compress the LeNet-5 that comes with onnx-lrs, digits and labels included.")
     parser.add_argument("-o", "--output", metavar="OUT", help="also write the small model here")
     parser.set_defaults(default_budget=DEMO_BUDGET)
-    _add_budget(parser, f"--params {DEMO_BUDGET.fraction}")
+    _add_budget(parser, str(DEMO_BUDGET))
     _add_fit(parser)
     _add_output(parser)
     return parser
 
 
 def _add_budget(parser: argparse.ArgumentParser, default: str) -> None:
-    group = parser.add_argument_group("budget", f"One fraction in (0, 1]. Default: {default}")
-    budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--params", type=float, metavar="F", help="at most this fraction of the parameters")
-    budget.add_argument("--macs", type=float, metavar="F", help="at most this fraction of the multiply-accumulates")
-    budget.add_argument(
+    group = parser.add_argument_group(
+        "budget", f"Fractions of the original in (0, 1]; several hold at once. Default: {default}"
+    )
+    group.add_argument("--latency", type=float, metavar="F", help="at most this fraction of the measured latency")
+    group.add_argument("--params", type=float, metavar="F", help="at most this fraction of the parameters")
+    group.add_argument("--macs", type=float, metavar="F", help="at most this fraction of the multiply-accumulates")
+    group.add_argument("--size", type=float, metavar="F", help="at most this fraction of the file's bytes")
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="D",
+        help="as fast as it gets while no more than this is lost: accuracy with --labels, else agreement with the "
+        "original, else relative error; 0.01 is one point. Other limits must be met as well",
+    )
+    group.add_argument(
         "--gain", type=float, metavar="E", help="ddlr, nettrim: the relative error that each layer's output may have"
+    )
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    plan = parser.add_argument_group("plan")
+    plan.add_argument(
+        "--dry-run", action="store_true", default=None, help="make the plan and say what to expect; write no model"
+    )
+    plan.add_argument(
+        "--plan", metavar="FILE", help="carry out the plan in FILE if it exists, else write the plan of this run to it"
+    )
+    plan.add_argument(
+        "--latency-table",
+        metavar="FILE",
+        help="take latencies of layers from FILE if it exists (another device's), else write those measured to it",
     )
 
 
@@ -204,7 +233,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "--multiple",
         type=int,
         metavar="N",
-        help=f"ranks and kept channels are multiples of N, not with --gain ({default.multiple})",
+        help="ranks and kept channels are multiples of N, not with --gain (16 where latency decides, else 8)",
     )
     fit.add_argument(
         "--exclude", nargs="+", action="extend", metavar="PATTERN", help="layers to leave dense: '*head*' (quote it)"
@@ -221,7 +250,13 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help=f"working memory besides the model, 1500MB or 2GiB, at least 256MiB ({default.memory_bytes // GIB}GiB)",
     )
-    fit.add_argument("--batch", type=int, metavar="N", help=f"most samples in one inference call ({default.batch})")
+    fit.add_argument("--batch", type=int, metavar="N", help=f"samples in the call that is timed ({default.batch})")
+    fit.add_argument(
+        "--calibration-batch",
+        type=int,
+        metavar="N",
+        help=f"most samples in one call of the calibration ({default.calibration_batch})",
+    )
     fit.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
     fit.add_argument("--jobs", type=int, metavar="N", help="layers solved at the same time (as many as threads)")
     fit.add_argument(
@@ -307,7 +342,7 @@ def config_from(args: argparse.Namespace) -> Config:
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     chosen = {field.name: given[field.name] for field in dataclasses.fields(Config) if field.name in given}
-    limits = {name: given[name] for name in ("params", "macs", "gain") if name in given}
+    limits = {field.name: given[field.name] for field in dataclasses.fields(Budget) if field.name in given}
     if limits:
         chosen["budget"] = Budget(**limits)
     elif "default_budget" in given:
@@ -441,7 +476,7 @@ def _run(args: argparse.Namespace, command: Command) -> int:
         written = report.output if isinstance(report, Result) else None
         _say(f"interrupted; {written} was already written" if written else "interrupted; nothing was written")
         return INTERRUPTED
-    return 0
+    return UNCHANGED if isinstance(report, Result) and report.unchanged else 0
 
 
 def _publish(report: Result | Inspection, args: argparse.Namespace) -> None:

@@ -10,16 +10,24 @@ from typing import Any, Literal
 from onnx_lrs.errors import ConfigError
 
 DEFAULT_PARAMS = 0.5
+DEFAULT_DROP = 0.01
 Fit = Literal["cascade", "cascade-linear", "independent"]
 FITS: tuple[Fit, ...] = ("cascade", "cascade-linear", "independent")
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: tuple[Provider, ...] = ("cpu", "cuda", "tensorrt")
 GIB = 1 << 30
-UNDECIDING = ("work", "jobs", "provider")  # settings that change how a result is reached, never the result
+FAST_MULTIPLE, SMALL_MULTIPLE = 16, 8  # blocks of ONNX Runtime's convolutions (AVX-512); half of one
+# Settings that the statistics, curves and fits of layers do not depend on: how a result is reached, or which plan is
+# made of the same curves. A work folder serves all of them.
+UNDECIDING = ("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan")
+LIMITS = ("latency", "params", "macs", "size")
+REMAINS = "the fraction of the original that may remain, in (0, 1]"
 MEANING = {
-    "params": "the fraction of the original that may remain",
-    "gain": "the relative error that a layer's output may have",
+    **dict.fromkeys(LIMITS, REMAINS),
+    "max_drop": "the share of the quality that may be lost, in [0, 1)",
+    "gain": "the relative error that a layer's output may have, in (0, 1]",
 }
+EXAMPLES = {"max_drop": 0.01, "gain": 0.1}
 
 
 def available_threads() -> int:
@@ -36,7 +44,11 @@ def _require(ok: bool, message: str, remedy: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How much of the model may remain: a fraction of the ORIGINAL over all weights, not only the compressible ones.
+    """What the compressed model may cost, and what it may lose.
+
+    Limits are fractions of the ORIGINAL over the whole model, not only its compressible layers; several hold at once,
+    and the loss is made as small as they allow. With ``max_drop`` it is the other way round: the model becomes as fast
+    as it gets within that loss, and other limits must be met as well.
 
     Parameters
     ----------
@@ -44,48 +56,59 @@ class Budget:
         Upper limit of parameters after / parameters before, in (0, 1].
     macs : float, optional
         Upper limit of multiply-accumulates after / before, in (0, 1].
+    latency : float, optional
+        Upper limit of the measured latency after / before, in (0, 1].
+    size : float, optional
+        Upper limit of the file's bytes after / before, in (0, 1].
+    max_drop : float, optional
+        What may be lost on samples that nothing was fitted to, in [0, 1): accuracy where there are labels, else
+        agreement with the original's classes, else relative error of the outputs; 0.01 is one point, or one percent.
     gain : float, optional
-        For methods with a guarantee, instead of a limit: every layer becomes as small as it can while its output behind
+        For methods with a guarantee, instead of limits: every layer becomes as small as it can while its output behind
         the activation is off by at most this relative error on the calibration columns, in (0, 1].
 
     Raises
     ------
     ConfigError
-        Unless exactly one is given and lies in (0, 1].
+        Unless at least one is given, each lies in its range, and a gain stands alone.
     """
 
     params: float | None = None
     macs: float | None = None
+    latency: float | None = None
+    size: float | None = None
+    max_drop: float | None = None
     gain: float | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in self.fields().items() if value is not None}
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        _require(bool(given), "A budget needs a limit.", f"For example Budget(params={DEFAULT_PARAMS}).")
         _require(
-            len(given) == 1,
-            f"A budget takes exactly one of params, macs and gain, not {len(given)}.",
-            f"For example Budget(params={DEFAULT_PARAMS}).",
+            self.gain is None or len(given) == 1,
+            f"A gain stands alone, not with {' and '.join(name for name in given if name != 'gain')}.",
+            "Leave one of them out.",
         )
         for name, value in given.items():
+            inside = 0.0 <= value < 1.0 if name == "max_drop" else 0.0 < value <= 1.0
             _require(
-                0.0 < value <= 1.0,
-                f"--{name} is {value}; it is {MEANING.get(name, MEANING['params'])}, in (0, 1].",
-                f"For example --{name} {0.1 if name == 'gain' else 0.5}.",
+                inside,
+                f"--{name.replace('_', '-')} is {value}; it is {MEANING[name]}.",
+                f"For example --{name.replace('_', '-')} {EXAMPLES.get(name, 0.5)}.",
             )
 
-    def fields(self) -> dict[str, float | None]:
-        """Return the limits by name."""
-        return {"params": self.params, "macs": self.macs, "gain": self.gain}
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits given, as fractions of the original, by name."""
+        return {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
 
     @property
-    def kind(self) -> Literal["params", "macs", "gain"]:
-        """What the budget limits."""
-        return "params" if self.params is not None else "macs" if self.macs is not None else "gain"
+    def is_timed(self) -> bool:
+        """Whether latency decides, so that it must be measured before anything is chosen."""
+        return self.latency is not None or self.max_drop is not None
 
-    @property
-    def fraction(self) -> float:
-        """The limit: a fraction of the original, or of a layer's output for the gain."""
-        (value,) = (value for value in self.fields().values() if value is not None)
-        return value
+    def __str__(self) -> str:
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in given.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +177,9 @@ class Config:
 
     Parameters
     ----------
-    budget : Budget
-        What may remain of the original.
+    budget : Budget, optional
+        What may remain of the original. None: as fast as it gets within ``max_drop=0.01`` where there is data and the
+        method makes layers faster, else ``params=0.5``.
     method : str
         A name in :data:`onnx_lrs.solvers.METHODS`.
     fit : {"cascade", "cascade-linear", "independent"}
@@ -165,8 +189,8 @@ class Config:
         What the sparse part keeps; single elements (method ``greedy``) make a smaller file at the same speed.
     steps : int, optional
         Limit of the iterations of one solve; None: the method's own.
-    multiple : int
-        Ranks and kept channels are multiples of it (kernels work in blocks).
+    multiple : int, optional
+        Ranks and kept channels are multiples of it (kernels work in blocks). None: 16 where latency decides, else 8.
     holdout : float
         Share of the samples used only for judging, in (0, 0.9].
     columns : int
@@ -174,7 +198,9 @@ class Config:
     memory_bytes : int
         Limit of what the run adds to the model and ONNX Runtime's own memory.
     batch : int
-        Largest number of samples in one inference call.
+        Samples in the call whose latency is measured.
+    calibration_batch : int
+        Largest number of samples in one inference call of the calibration.
     threads : int
         Threads of ONNX Runtime's operators and of the reported latency.
     jobs : int, optional
@@ -191,21 +217,29 @@ class Config:
         Fit on random inputs when there is no data. Never done silently.
     preprocess : Preprocess, optional
         For images; None means the default (0..1, input size).
+    latency_table : path, optional
+        A file with measured latencies of layers. Where it exists it is used instead of measuring, so that a plan can be
+        made for another device; else what was measured is written to it.
+    plan : path, optional
+        A file with the plan of a run. Where it exists it is carried out; else the plan is written to it.
+    dry_run : bool
+        Only make the plan and say what is to be expected of it; nothing is fitted and no model is written.
     work : path, optional
         A folder that keeps finished layers, so that the same call goes on after an interruption; it decides nothing
         else. None: nothing is kept.
     """
 
-    budget: Budget = dataclasses.field(default_factory=lambda: Budget(params=DEFAULT_PARAMS))
+    budget: Budget | None = None
     method: str = "lrs"
     fit: Fit = "cascade"
     structure: Literal["channels", "elements"] = "channels"
     steps: int | None = None
-    multiple: int = 8
+    multiple: int | None = None
     holdout: float = 0.2
     columns: int = 65536
     memory_bytes: int = 2 * GIB
-    batch: int = 32
+    batch: int = 1
+    calibration_batch: int = 32
     threads: int = dataclasses.field(default_factory=available_threads)
     jobs: int | None = None
     provider: Provider = "cpu"
@@ -214,13 +248,19 @@ class Config:
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     random_data: bool = False
     preprocess: Preprocess | None = None
+    latency_table: str | os.PathLike[str] | None = None
+    plan: str | os.PathLike[str] | None = None
+    dry_run: bool = False
     work: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.work is not None:
-            object.__setattr__(self, "work", os.fspath(self.work))
-            _require(self.work != "", "--work is empty.", "Name a folder, or leave --work out.")
-        _require(isinstance(self.budget, Budget), f"budget is {self.budget!r}.", "Write Budget(params=0.5).")
+        for name in ("work", "latency_table", "plan"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, os.fspath(value))
+                flag = f"--{name.replace('_', '-')}"
+                _require(os.fspath(value) != "", f"{flag} is empty.", f"Name a path, or leave {flag} out.")
+        _require(isinstance(self.budget, Budget | None), f"budget is {self.budget!r}.", "Write Budget(params=0.5).")
         _require(
             not isinstance(self.exclude, str),
             f"exclude is the text {self.exclude!r}.",
@@ -231,10 +271,13 @@ class Config:
             self.structure in ("channels", "elements"), f"--structure is {self.structure!r}; use channels or elements."
         )
         _require(self.steps is None or self.steps >= 1, f"--steps is {self.steps}; it must be at least 1.")
-        _require(self.multiple >= 1, f"--multiple is {self.multiple}; it must be at least 1.")
+        _require(self.multiple is None or self.multiple >= 1, f"--multiple is {self.multiple}; it must be at least 1.")
         _require(0.0 < self.holdout <= 0.9, f"--holdout is {self.holdout}; it is a share in (0, 0.9].")
         _require(self.columns >= 256, f"--columns is {self.columns}; statistics need at least 256.")
         _require(self.batch >= 1, f"--batch is {self.batch}; it must be at least 1.")
+        _require(
+            self.calibration_batch >= 1, f"--calibration-batch is {self.calibration_batch}; it must be at least 1."
+        )
         _require(self.threads >= 1, f"--threads is {self.threads}; it must be at least 1.")
         _require(self.jobs is None or self.jobs >= 1, f"--jobs is {self.jobs}; it must be at least 1.")
         _require(self.provider in PROVIDERS, f"--provider is {self.provider!r}; use {', '.join(PROVIDERS)}.")
@@ -244,10 +287,28 @@ class Config:
             f"--memory is {self.memory_bytes / 2**20:.0f} MiB; at least 256 MiB is needed.",
         )
 
+    def settled(self, can_be_judged: bool, can_be_faster: bool = True) -> Config:
+        """Return the settings with what was left open: the budget (None where a plan is carried out) and the multiple.
+
+        ``can_be_judged`` says whether there is data, ``can_be_faster`` whether the method makes layers faster at all.
+        """
+        budget = self.budget
+        if self.plan is not None and os.path.exists(self.plan):  # noqa: PTH110 - a str
+            _require(
+                budget is None,
+                f"--plan {self.plan} exists and is carried out; {budget} would make another one.",
+                "Leave the budget out, or name a new file for the plan.",
+            )
+        elif budget is None:
+            judged = can_be_judged and can_be_faster
+            budget = Budget(max_drop=DEFAULT_DROP) if judged else Budget(params=DEFAULT_PARAMS)
+        multiple = self.multiple or (FAST_MULTIPLE if budget is not None and budget.is_timed else SMALL_MULTIPLE)
+        return dataclasses.replace(self, budget=budget, multiple=multiple)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)
 
     def deciding(self) -> dict[str, Any]:
-        """Return the settings that decide the outcome, as plain JSON values."""
+        """Return the settings that decide what is kept of layers, as plain JSON values."""
         return {name: value for name, value in self.to_dict().items() if name not in UNDECIDING}

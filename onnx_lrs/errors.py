@@ -14,6 +14,7 @@ code  class                   meaning
 6     VerificationError       the compressed model failed a check; nothing was written
 7     OutputError             the result could not be written
 8     RuntimeEnvironmentError ONNX Runtime is missing, doubled or lacks the provider
+9     -                       nothing pays: the original was written, ``Result.unchanged`` says why
 130   KeyboardInterrupt       Ctrl-C; nothing was written
 ====  ======================  =====================================================
 """

@@ -10,6 +10,7 @@ missing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import hashlib
@@ -283,6 +284,13 @@ class Work:
         self._names = {kind: name for name, kind in self._classes.items()}
         self._note = note
         self._guard = contextlib.ExitStack()
+        self._tag = ""
+
+    def branch(self, tag: str) -> Work:
+        """Return a view that keeps its parts apart from those of other tags, in the same folder; it is never closed."""
+        twin = copy.copy(self)
+        twin._tag = f"{self._tag}{tag} "
+        return twin
 
     @classmethod
     def open(cls, place: Path | None, identity: Identity, records: Iterable[type], note: Callable[[str], None]) -> Work:
@@ -335,7 +343,7 @@ class Work:
         elif others := _others(self.folder, identity):
             self._note(f"Nothing in {place} belongs to this run, it starts from the beginning; {others}.")
         text = json.dumps({**identity.words, "key": identity.key, **identity.deciding}, indent=2, default=_plain)
-        with _replacing(self.folder / DESCRIPTION) as file:
+        with replacing(self.folder / DESCRIPTION) as file:
             file.write(text.encode("ascii") + b"\n")
 
     def put(self, kind: str, name: str, value: Any) -> Any:
@@ -350,7 +358,7 @@ class Work:
         if self.folder is None:
             return value
         try:
-            with _replacing(self._path(kind, name)) as file:
+            with replacing(self._path(kind, name)) as file:
                 write_part(file, name, value, self._names)
         except OSError as error:
             raise OutputError(
@@ -384,6 +392,7 @@ class Work:
 
     def _path(self, kind: str, name: str) -> Path:
         assert self.folder is not None
+        name = self._tag + name
         readable = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-READABLE:].strip("-")
         digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:KEY_DIGITS]
         return self.folder / f"{kind}-{readable}-{digest}{SUFFIX}"
@@ -412,7 +421,7 @@ def refuse_file(place: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file that takes the place of ``path`` when the block ends well, and is gone when it does not."""
     number, draft = tempfile.mkstemp(prefix=f"{path.name}.", suffix=DRAFT, dir=path.parent)
     try:

@@ -9,7 +9,7 @@ import onnxruntime
 import scipy.sparse
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrs.solvers.problem import ElementFactors, Factors, SpatialFactors, columns_of
+from onnx_lrs.solvers.problem import ElementFactors, Factors, ProjectedFactors, SpatialFactors, columns_of
 
 OPSETS = (7, 9, 11, 13, 17, 26)  # 26 is the last one that ONNX Runtime 1.31 takes
 node = helper.make_node
@@ -104,6 +104,12 @@ def planted_spatial(out: int, channels: int, kernel: Sequence[int], seed: int = 
     random = np.random.default_rng(seed)
     left, right = random.standard_normal((out, 3, kernel[1])), random.standard_normal((3, channels, kernel[0]))
     return SpatialFactors(left, right, np.zeros(out))
+
+
+def planted_projected(out: int, channels: int, taps: int, seed: int = 0) -> ProjectedFactors:
+    random = np.random.default_rng(seed)
+    left, right = random.standard_normal((out, 3, taps)), random.standard_normal((3, channels, 1))
+    return ProjectedFactors(left, right, np.zeros(out))
 
 
 def planted_elements(out: int, d: int, rank: int = 0, share: float = 0.1, seed: int = 0) -> ElementFactors:

@@ -21,7 +21,7 @@ from onnx_lrs import cli
 from tests import small_nets as nets
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ("--threads", "1", "-q")
+FLAGS = ("--params", "0.5", "--threads", "1", "-q")
 
 
 class Bench:
@@ -44,7 +44,7 @@ class Bench:
 
     def change(self, *flags: str, model: str = "model.onnx") -> tuple[int, str]:
         """Run with small.onnx as the output; return exit code and message."""
-        return self.start(self.path(model), "-o", str(self.output), *flags, *FLAGS)
+        return self.start(self.path(model), "-o", str(self.output), *FLAGS, *flags)
 
     def start(self, *argv: str) -> tuple[int, str]:
         code = cli.main(argv)
@@ -301,7 +301,7 @@ def test_the_output_is_the_data(bench, name):
     np.savez(bench.folder / "test.npz", **nets.pairs())
     before = (bench.folder / name).read_bytes()
     flags = ("--data", bench.path("data.npz"), "--test", bench.path("test.npz"))
-    code, message = bench.start(bench.path("model.onnx"), "-o", bench.path(name), *flags, *FLAGS)
+    code, message = bench.start(bench.path("model.onnx"), "-o", bench.path(name), *FLAGS, *flags)
     assert (code, "would overwrite" in message) == (2, True)
     assert (bench.folder / name).read_bytes() == before
 
@@ -359,7 +359,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     onnx.save(nets.one_gemm(2400, 2400), tmp_path / "model.onnx")
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((64, 2400)).astype(np.float32))
     before = sorted(path.name for path in tmp_path.iterdir())
-    command = [sys.executable, "-m", "onnx_lrs", "model.onnx", "-o", "small.onnx", "--data", "data.npy"]
+    flags = ("-o", "small.onnx", "--data", "data.npy", "--params", "0.5")
+    command = [sys.executable, "-m", "onnx_lrs", "model.onnx", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -279,13 +279,13 @@ def test_the_deeper_layer_makes_up_for_a_shortcut_that_is_compressed_badly(monke
     config = dataclasses.replace(BASE, fit="cascade-linear", **more)
     data, channels = {"x": rows(1500)}, {"beside": 12, "deep2": 44}
 
-    def planned(subject, curves, budget):
+    def planned(subject, curves, limits, dense):
         return Plan({n: next(c for c in curves[n] if len(c.support) == k) for n, k in channels.items()})
 
     def alone(cutter, layers, shapes):
         return [dataclasses.replace(la, behind=Behind(total=la.output), activation=LINEAR) for la in layers]
 
-    monkeypatch.setattr("onnx_lrs.pipeline.make_plan", planned)
+    monkeypatch.setattr("onnx_lrs.planning.search.make_plan", planned)
     with_correction = compress(view.model, data=data, config=config)
     monkeypatch.setattr("onnx_lrs.planning.cascade.with_targets", alone)
     without = compress(view.model, data=data, config=config)
@@ -326,7 +326,7 @@ def test_little_memory_gives_the_same_bytes(name):
 def test_the_size_of_the_batches_hardly_matters(name):
     """Sums in another order: the plan is the same, and the outputs are as far off."""
     model, data = NETS[name]()
-    found = [compress(model, data=data, config=dataclasses.replace(BASE, batch=batch)) for batch in (5, 64)]
+    found = [compress(model, data=data, config=dataclasses.replace(BASE, calibration_batch=batch)) for batch in (5, 64)]
     for other in found[1:]:
         assert [(la.form, la.rank) for la in other.layers] == [(la.form, la.rank) for la in found[0].layers]
         assert off(other) == pytest.approx(off(found[0]), rel=0.02)

@@ -17,6 +17,7 @@ from onnx_lrs import cli
 from tests import small_nets as nets
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ("--data", "photos", "--params", "0.5")
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def launch(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_writes_the_file_prints_tables_and_leaves_nothing_else(folder):
     before = {path.name for path in folder.iterdir()}
-    done = launch(folder, "model.onnx", "-o", "small.onnx", "--data", "photos", "--labels", "folders", "--json", "-")
+    done = launch(folder, "model.onnx", "-o", "small.onnx", *DATA, "--labels", "folders", "--json", "-")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["output"] == "small.onnx"
@@ -57,7 +58,7 @@ def test_a_run_writes_the_file_prints_tables_and_leaves_nothing_else(folder):
 
 
 def test_test_samples_judge_and_own_the_labels(folder):
-    argv = ["model.onnx", "-o", "small.onnx", "--data", "photos", "--test", "test.npz", "--labels", "test.npz"]
+    argv = ["model.onnx", "-o", "small.onnx", *DATA, "--test", "test.npz", "--labels", "test.npz"]
     assert cli.main([*argv, "-q", "--json", "report.json"]) == 0
     report = json.loads((folder / "report.json").read_text())
     (quality,) = report["quality"]

@@ -71,6 +71,7 @@ def test_no_flags_give_the_default_settings():
     ("flags", "field", "value"),
     [
         (["--params", "0.3"], "budget", Budget(params=0.3)),
+        (["--params", "0.3", "--macs", "0.6"], "budget", Budget(params=0.3, macs=0.6)),
         (["--macs", "0.6"], "budget", Budget(macs=0.6)),
         (["--method", "svd"], "method", "svd"),
         (["--method", "not-checked-here"], "method", "not-checked-here"),
@@ -79,6 +80,14 @@ def test_no_flags_give_the_default_settings():
         (["--columns", "1024"], "columns", 1024),
         (["--memory", "1500MB"], "memory_bytes", 1_500_000_000),
         (["--batch", "7"], "batch", 7),
+        (["--calibration-batch", "7"], "calibration_batch", 7),
+        (["--latency", "0.4"], "budget", Budget(latency=0.4)),
+        (["--size", "0.7"], "budget", Budget(size=0.7)),
+        (["--max-drop", "0"], "budget", Budget(max_drop=0.0)),
+        (["--max-drop", "0.02", "--size", "0.5", "--macs", "1"], "budget", Budget(max_drop=0.02, size=0.5, macs=1.0)),
+        (["--dry-run"], "dry_run", True),
+        (["--plan", "plan.json"], "plan", "plan.json"),
+        (["--latency-table", "there.json"], "latency_table", "there.json"),
         (["--threads", "3"], "threads", 3),
         (["--provider", "cuda"], "provider", "cuda"),
         (["--seed", "11"], "seed", 11),
@@ -108,7 +117,8 @@ def test_a_flag_sets_its_field_and_no_other(flags, field, value):
 
 def test_every_field_of_the_settings_has_a_flag():
     names = set(vars(cli.parse(BARE)))
-    flags_of = {"budget": {"params", "macs"}, "preprocess": {f.name for f in dataclasses.fields(Preprocess)}}
+    limits = {f.name for f in dataclasses.fields(Budget)}
+    flags_of = {"budget": limits, "preprocess": {f.name for f in dataclasses.fields(Preprocess)}}
     for field in dataclasses.fields(Config):
         assert flags_of.get(field.name, {field.name}) <= names, field.name
 
@@ -174,7 +184,6 @@ def test_each_command_gets_its_own_call():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--params", "0.5", "--macs", "0.5"], "not allowed with argument --params"),
         (["-q", "-v"], "not allowed with argument"),
         (["--data", "d", "--random-data"], "not allowed with argument --data"),
         (["--params", "half"], "invalid float value: 'half'"),
@@ -219,6 +228,14 @@ def test_a_bad_command_line_ends_with_code_2_and_says_why(flags, words, capsys):
         (["--columns", "1"], "--columns is 1"),
         (["--memory", "1MB"], "--memory is 1 MiB"),
         (["--batch", "0"], "--batch is 0"),
+        (["--calibration-batch", "0"], "--calibration-batch is 0"),
+        (["--latency", "2"], "--latency is 2.0"),
+        (["--size", "0"], "--size is 0.0"),
+        (["--max-drop", "1"], "in [0, 1)"),
+        (["--max-drop", "nan"], "--max-drop is nan"),
+        (["--gain", "0.1", "--size", "0.5"], "not with size"),
+        (["--plan", ""], "--plan is empty"),
+        (["--latency-table", ""], "--latency-table is empty"),
         (["--threads", "0"], "--threads is 0"),
         (["--provider", "gpu"], "--provider is 'gpu'; use cpu, cuda, tensorrt"),
         (["--seed", "-1"], "--seed is -1"),
@@ -309,8 +326,8 @@ def test_help_documents_every_exit_code(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     listed = {int(line.split()[0]) for line in text.partition("exit codes:")[2].splitlines() if line.strip()}
-    assert listed == {0, 1, 130} | {kind.exit_code for kind in ERRORS}
-    assert text.count("  onnx-lrs model.onnx -o small.onnx") == 2
+    assert listed == {0, 1, cli.UNCHANGED, 130} | {kind.exit_code for kind in ERRORS}
+    assert text.count("  onnx-lrs model.onnx -o small.onnx") == 3
     assert max(map(len, cli.EPILOG.splitlines())) <= 110
 
 

@@ -28,7 +28,16 @@ from onnx_lrs.report.result import (
     ratio_of,
 )
 
-FORMS = ("dense", "low-rank", "channels", "low-rank + channels", "spatial", "elements", "low-rank + elements")
+FORMS = (
+    "dense",
+    "low-rank",
+    "channels",
+    "low-rank + channels",
+    "spatial",
+    "projected",
+    "elements",
+    "low-rank + elements",
+)
 
 
 def layer(index: int, form: str = "low-rank + channels", **changes) -> LayerResult:
@@ -215,6 +224,7 @@ def test_many_reasons_are_cut_short():
         ("dense", "dense"),
         ("low-rank", "low-rank 64"),
         ("spatial", "spatial 64"),
+        ("projected", "projected 64"),
         ("channels", "channels 120/256"),
         ("low-rank + channels", "low-rank 64 + channels 120/256"),
         ("elements", "elements 5.00 %"),

@@ -148,7 +148,7 @@ def test_what_is_asked_for_besides_is_given_but_not_kept():
 
 def test_a_run_costs_three_forward_passes_however_many_layers_there_are(executions, reads):
     """One pass for the plan, and one of each network for the fit; the compressed one counts the layers' own nodes."""
-    config = Config(budget=Budget(params=0.5), threads=1, multiple=4, batch=8)
+    config = Config(budget=Budget(params=0.5), threads=1, multiple=4, calibration_batch=8)
     done = compress(CONV, data={"image": PICTURES}, config=config)
     assert sum(layer.form != "dense" for layer in done.layers) == 2
     sizes = {"fit": 26, "select": 6, "held out": 8}

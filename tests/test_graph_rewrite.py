@@ -21,6 +21,7 @@ from tests.builders import (
     only,
     ops,
     planted,
+    planted_projected,
     planted_spatial,
     ranks,
     run,
@@ -34,6 +35,7 @@ NODES = {
     "channels": ["Gather", "{op}"],
     "both": ["{op}", "{op}", "Gather", "{op}", "Add"],
     "spatial": ["{op}", "{op}"],
+    "projected": ["{op}", "{op}"],
 }
 
 
@@ -135,10 +137,35 @@ def test_spatial_conv(case, opset, bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", [*FORMS, "spatial"])
+@pytest.mark.parametrize("opset", [7, 11, 26])
+@pytest.mark.parametrize("case", CONVS)
+def test_projected_conv(case, opset, bias):
+    kernel, size, attrs = CONVS[case]
+    factors = planted_projected(OUT, CHANNELS, int(np.prod(kernel)))
+    model = conv(factors, kernel, size, attrs, bias, opset)
+    new = check(model, factors, "projected", "Conv")
+    first, second = new.graph.node[:2]
+    ones = (1,) * len(kernel)
+    assert (shapes(new)[first.input[1]], shapes(new)[second.input[1]]) == ((3, CHANNELS, *ones), (OUT, 3, *kernel))
+    given = {a.name: helper.get_attribute_value(a) for a in model.graph.node[0].attribute}
+    given = {name: value for name, value in given.items() if value != b"NOTSET"}
+    kept = {a.name: helper.get_attribute_value(a) for a in second.attribute}
+    assert kept | given == kept  # strides, pads and dilations are the layer's own
+    assert (len(first.input), len(second.input)) == (2, 2 + bias)
+
+
+def planted_as(form, out, channels, kernel):
+    taps = int(np.prod(kernel))
+    if form == "spatial":
+        return planted_spatial(out, channels, kernel)
+    return planted_projected(out, channels, taps) if form == "projected" else planted(form, out, channels, taps)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", [*FORMS, "spatial", "projected"])
 def test_conv_bias_shift(form, bias):
     kernel, size, attrs = CONVS["2d pads"]
-    factors = planted_spatial(OUT, CHANNELS, kernel) if form == "spatial" else planted(form, OUT, CHANNELS, 6)
+    factors = planted_as(form, OUT, CHANNELS, kernel)
     shift = normal(OUT, seed=5).astype(np.float64)
     model = conv(factors, kernel, size, attrs, bias)
     model.graph.node[1].op_type = "Identity"
@@ -523,9 +550,9 @@ def test_two_readers_share_the_union_of_their_channels():
     close(run(model), run(result.model))
 
 
-@pytest.mark.parametrize("form", ["low_rank", "channels", "all_channels", "both", "spatial"])
+@pytest.mark.parametrize("form", ["low_rank", "channels", "all_channels", "both", "spatial", "projected"])
 def test_the_producer_may_be_factorised_itself(form):
-    factors = planted_spatial(B, A, (3, 3)) if form == "spatial" else planted(form, B, A, 9)
+    factors = planted_as(form, B, A, (3, 3))
     factors = dataclasses.replace(factors, bias_shift=normal(B, seed=9).astype(np.float64))
     model = conv_chain()
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(layout("Conv", factors.dense(), (3, 3)), "w"))

@@ -94,7 +94,7 @@ def test_read_when_asked_for_equals_read_at_once(path, prepare, tmp_path):
 
 
 def test_compressed_from_a_file_and_from_memory_are_the_same(path, tmp_path):
-    settings = onnx_lrs.Config(threads=1, method="hsvd")
+    settings = onnx_lrs.Config(budget=onnx_lrs.Budget(params=0.5), threads=1, method="hsvd")
     data = path.with_name("samples.npz")
     tool().make_model(path.parent, 4 * SIZE, WIDTH, HIDDEN, seed=0)
     result = onnx_lrs.compress(path, tmp_path / "lazy.onnx", data=data, config=settings)
@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_nothing(path, tmp_path, monkeypatch, broken):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    settings = onnx_lrs.Config(threads=1, method="hsvd")
+    settings = onnx_lrs.Config(budget=onnx_lrs.Budget(params=0.5), threads=1, method="hsvd")
     tool().make_model(path.parent, 4 * SIZE, WIDTH, HIDDEN, seed=0)
     monkeypatch.setattr(weights, broken, full)
     with pytest.raises(OutputError, match="No space left"):

@@ -42,7 +42,7 @@ CASES = {
 
 
 def settings(**changes: Any) -> Config:
-    return Config(**({"threads": 1} | changes))
+    return Config(**({"threads": 1, "budget": Budget(params=0.5)} | changes))
 
 
 def squeeze(name: str = "conv", output: Path | None = None, *, more: dict[str, Any] | None = None, **changes) -> Result:
@@ -195,7 +195,7 @@ def test_two_runs_give_the_same_bytes_and_a_path_the_same_as_a_model(tmp_path):
     for source, output in zip(
         (CASES["conv"].model, CASES["conv"].model, tmp_path / "model.onnx"), outputs, strict=True
     ):
-        onnx_lrs.compress(source, output, data=CASES["conv"].data)
+        onnx_lrs.compress(source, output, data=CASES["conv"].data, config=settings())
     assert len({output.read_bytes() for output in outputs}) == 1
 
 
@@ -205,7 +205,7 @@ def test_the_seed_decides_split_and_positions():
 
 
 def test_the_size_of_a_call_does_not_change_the_plan():
-    results = [squeeze("two inputs", batch=batch) for batch in (1, 64)]
+    results = [squeeze("two inputs", calibration_batch=batch) for batch in (1, 64)]
     forms = [[(x.form, x.rank, x.kept_channels) for x in r.layers] for r in results]
     assert forms[0] == forms[1]
 
@@ -527,7 +527,7 @@ def static() -> Case:
 @pytest.mark.parametrize("case", [*CASES.values(), static()], ids=[*CASES, "static batch"])
 def test_progress_announces_exactly_what_comes(case, batch, tmp_path):
     listener = Listener()
-    config = settings(batch=batch)
+    config = settings(calibration_batch=batch)
     result = onnx_lrs.compress(case.model, tmp_path / "o.onnx", data=case.data, config=config, progress=listener)
     assert [name for name, *_ in listener.stages] == STAGES
     assert [announced for _, announced, _ in listener.stages] == [done for *_, done in listener.stages]

@@ -54,6 +54,24 @@ def test_macs_of_spatial_layers_without_padding_keep_to_the_budget(fraction):
     assert sum(layer.macs_after for layer in result.layers) == result.after.macs
 
 
+@pytest.mark.parametrize("fraction", [0.6, 0.4])
+def test_macs_of_projected_layers_without_padding_keep_to_the_budget(fraction):
+    """Their 1x1 part works at all positions of the input, which are more than those of the output."""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((24, 4, 5, 5)), rng.standard_normal((4, 16))
+    model = model_of(
+        [helper.make_node("Conv", ["x", "a"], ["y"], name="only")],
+        {"a": np.einsum("orab,ri->oiab", *mixing).astype(np.float32)},
+        ["N", 16, 12, 12],
+    )
+    x = rng.standard_normal((40, 16, 12, 12)).astype(np.float32)
+    result = onnx_lrs.compress(model, data=x, config=Config(budget=Budget(macs=fraction), multiple=4))
+    (layer,) = result.layers
+    assert (layer.form, layer.rank) == ("projected", 4)
+    assert layer.macs_after == result.after.macs <= fraction * result.before.macs
+    assert layer.error < 1e-3
+
+
 def test_a_batch_baked_into_a_reshape_is_fed_one_by_one():
     rng = np.random.default_rng(2)
     weights = {"w": rng.standard_normal((64, 48)).astype(np.float32), "shape": np.array([1, 64])}
@@ -99,9 +117,9 @@ def test_an_open_dimension_may_be_written_as_a_number_below_one(dim):
 
 
 def test_one_wild_layer_does_not_drown_the_others():
-    tame = [[Choice(100, 0.0), *(Choice(100 - 10 * i, 1e-3 * i**2) for i in range(1, 9))] for _ in range(6)]
-    wild = [Choice(100, 0.0), Choice(50, _tempered(1e11))]
-    alone, together = allocate(tame, 300), allocate([*tame, wild], 400)
+    tame = [[Choice((100,), 0.0), *(Choice((100 - 10 * i,), 1e-3 * i**2) for i in range(1, 9))] for _ in range(6)]
+    wild = [Choice((100,), 0.0), Choice((50,), _tempered(1e11))]
+    alone, together = allocate(tame, (300,)), allocate([*tame, wild], (400,))
     assert together is not None
     assert together[-1] == 0
     losses = [sum(layer[i].loss for layer, i in zip(tame, plan, strict=False)) for plan in (alone, together)]

@@ -23,6 +23,7 @@ from onnx_lrs.report.result import (
     OutputQuality,
     Ratio,
     Result,
+    SearchStep,
     SkippedLayer,
     Totals,
     ratio_of,
@@ -30,7 +31,7 @@ from onnx_lrs.report.result import (
 
 PAGE = (Path(__file__).parent.parent / "docs" / "result.md").read_text(encoding="utf-8")
 RECORDS = [Result, Certificate, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
-RECORDS += [Optimised, OptimisedGraph]
+RECORDS += [Optimised, OptimisedGraph, SearchStep]
 
 
 def full_result() -> Result:
@@ -51,6 +52,7 @@ def full_result() -> Result:
         seconds={"total": 1.5},
         peak_memory_bytes=7,
         notes=("One.", "Two."),
+        search=(SearchStep(0.5, 0.45, math.nan, "accuracy", "alone", False),),
         optimised=Optimised(graph, dataclasses.replace(graph, elsewhere=None)),
         model=object(),  # type: ignore[arg-type]
     )

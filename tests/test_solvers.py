@@ -19,17 +19,20 @@ from onnx_lrs.solvers import (
     Factors,
     Moments,
     Problem,
+    ProjectedFactors,
     SpatialFactors,
     Status,
     curve,
     fit,
     objective,
+    projected,
     solve,
     spatial,
 )
 from onnx_lrs.solvers.channels import eliminate, inverse_spd, removal_scores
 from onnx_lrs.solvers.closed_form import DATA_FREE, FAMILIES, NO_CHANNELS, candidates, data_free_split, refit
 from onnx_lrs.solvers.problem import columns_of, judged
+from onnx_lrs.solvers.projected import fit_projected, projected_candidates
 from onnx_lrs.solvers.solve import undominated
 from onnx_lrs.solvers.spatial import fit_spatial, spatial_candidates
 from onnx_lrs.solvers.spectral import (
@@ -42,6 +45,7 @@ from onnx_lrs.solvers.spectral import (
     splits,
     unexplained,
 )
+from tests.builders import planted_projected
 
 NAMES = sorted(FAMILIES)
 
@@ -1023,3 +1027,71 @@ def test_spatial_candidates_are_judged_on_the_other_samples_and_cost_what_they_s
         assert judged(problem.weight, factors, validation) ** 2 <= candidate.loss * 1.5  # the fit goes on from there
     assert not spatial_candidates(dataclasses.replace(problem, kernel=None), 1, DAMPING)
     assert not spatial_candidates(dataclasses.replace(problem, kernel=(6, 1)), 1, DAMPING)
+
+
+# --- the projected form ---------------------------------------------------------------------------------------------
+
+
+def test_a_projected_kernel_of_full_rank_is_exact():
+    problem = spatial_problem(70)
+    factors, _ = fit_projected(problem, problem.channels, DAMPING)
+    assert isinstance(factors, ProjectedFactors)
+    np.testing.assert_allclose(factors.dense(), problem.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [(3, 2), (1, 3), (3, 1)])
+def test_a_planted_projected_kernel_is_found(kernel):
+    planted = planted_projected(6, 4, kernel[0] * kernel[1], seed=71)
+    assert planted.params == 3 * (4 + 6 * planted.left.shape[2])
+    problem = spatial_problem(71, kernel=kernel)
+    problem = dataclasses.replace(problem, weight=planted.dense())
+    factors, _ = fit_projected(problem, 3, DAMPING)
+    np.testing.assert_allclose(factors.dense(), planted.dense(), atol=1e-6)
+    expanded = np.einsum("ort,ri->oit", factors.left, factors.right[:, :, 0])
+    np.testing.assert_allclose(factors.dense(), expanded.reshape(6, -1), rtol=1e-12, atol=1e-12)
+    means = (planted.dense() - factors.dense()) @ problem.moments.mean
+    np.testing.assert_allclose(factors.bias_shift, means, atol=1e-9)
+
+
+def test_without_data_the_projected_form_is_the_truncated_svd_over_the_channels():
+    problem = spatial_problem(72, data=False)
+    tail = np.linalg.svd(problem.weight.reshape(6, 4, 6).transpose(1, 0, 2).reshape(4, 36), compute_uv=False)
+    for rank in (1, 2, 3):
+        factors, _ = fit_projected(problem, rank, DAMPING)
+        distance = np.square(problem.weight - factors.dense()).sum()
+        assert distance == pytest.approx(np.square(tail[rank:]).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_projected_fit_is_never_worse_than_the_svd_and_falls_from_half_to_half(seed):
+    problem, rank = spatial_problem(73 + seed, kernel=(3, 3)), 2
+    metric = damped(problem)
+    over_channels = problem.weight.reshape(6, 4, 9).transpose(1, 0, 2).reshape(4, -1)
+    basis = np.linalg.svd(over_channels)[0][:, :rank]
+    plain = (basis @ (basis.T @ over_channels)).reshape(4, 6, 9).transpose(1, 0, 2).reshape(6, -1)
+    factors, history = fit_projected(problem, rank, DAMPING)
+    assert j_of(problem.weight, plain, metric) >= history[0] >= history[1] >= history[2] > 0
+    assert history[-1] == pytest.approx(j_of(problem.weight, factors.dense(), metric), rel=1e-9)
+
+
+def test_projected_candidates_are_judged_on_the_other_samples_and_cost_what_they_say():
+    problem = spatial_problem(77, channels=6)
+    found = projected_candidates(problem, 1, DAMPING)
+    assert found
+    assert {candidate.form for candidate in found} == {projected.FORM}
+    validation = problem.validation or problem.moments
+    for candidate in found:
+        solution = fit(problem, candidate, "lrs")
+        assert isinstance(solution.factors, ProjectedFactors)
+        assert candidate.params == solution.factors.params <= 0.95 * problem.params
+        assert judged(problem.weight, solution.factors, validation) ** 2 <= candidate.loss * 1.5
+    assert not projected_candidates(dataclasses.replace(problem, kernel=None), 1, DAMPING)
+    assert not projected_candidates(Problem(problem.weight, 1, kernel=(1, 1)), 1, DAMPING)
+
+
+def test_the_curve_takes_the_projected_form_where_channels_are_alike():
+    planted = planted_projected(12, 6, 9, seed=78)
+    problem = dataclasses.replace(spatial_problem(78, kernel=(3, 3), channels=6, out=12), weight=planted.dense())
+    best = min((c for c in curve(problem, "lrs", 1) if c.params <= planted.params), key=lambda c: c.loss)
+    assert (best.form, best.rank) == ("projected", 3)
+    assert best.loss < 1e-12

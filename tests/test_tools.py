@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 from PIL import Image
 
 from tests import small_nets as nets
@@ -283,6 +284,68 @@ def test_the_tables_of_the_fits_hold_the_figures(tmp_path, tool):
         assert row in out.splitlines()
 
 
+def one_that_matters() -> onnx.ModelProto:
+    """x (N, 32) -> h = W0 x, then five times h + relu(W h) with a small W: an error of W0 alone reaches the output."""
+    rng = np.random.default_rng(0)
+    constants = {"w0": nets.weight(rng, 32, 32)}
+    nodes = [helper.make_node("Gemm", ["x", "w0"], ["h0"], "first")]
+    for i in range(1, 6):
+        constants[f"w{i}"] = nets.weight(rng, 32, 32) * np.float32(0.05)
+        nodes.append(helper.make_node("Gemm", [f"h{i - 1}", f"w{i}"], [f"g{i}"], f"small{i}"))
+        nodes.append(helper.make_node("Relu", [f"g{i}"], [f"r{i}"]))
+        nodes.append(helper.make_node("Add", [f"h{i - 1}", f"r{i}"], [f"h{i}"]))
+    ends = [("x", onnx.TensorProto.FLOAT, ["N", 32])], [("h5", onnx.TensorProto.FLOAT, ["N", 32])]
+    return nets.build(nodes, constants, *ends)
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory) -> tuple[Path, tuple[object, ...], str]:
+    """The file of a run of check_losses, the arguments of that run and what it printed."""
+    folder = tmp_path_factory.mktemp("plans")
+    onnx.save(one_that_matters(), folder / "net.onnx")
+    np.save(folder / "x.npy", np.random.default_rng(1).standard_normal((400, 32)).astype(np.float32))
+    arguments = (folder / "net.onnx", "--data", folder / "x.npy", "--threads", 1, "--multiple", 2)
+    arguments += ("--plans", 12, "--rungs", 5, "--out", folder / "plans.jsonl")
+    done = call("check_losses.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder / "plans.jsonl", arguments, done.stdout
+
+
+def test_a_measured_sensitivity_ranks_plans_better_than_losses_alone(plans):
+    path, _, out = plans
+    printed = dict(line.split(": Spearman ") for line in out.splitlines())
+    assert float(printed["losses"]) < float(printed["bound 2"]) < float(printed["no bound"])
+    assert float(printed["no bound"]) > 0.9
+    found = records(path)
+    assert [record["plan"] for record in found] == list(range(12))
+    assert all(record["judged"] == 80 for record in found)
+    assert min(len(record["layers"]) for record in found) >= 1
+    assert max(record["real"] for record in found) > 10 * min(record["real"] for record in found) > 0
+
+
+def test_plans_that_are_there_are_not_measured_again(plans, tool):
+    path, arguments, out = plans
+    before = path.read_text()
+    code, again, told = tool("check_losses", *arguments)
+    assert (code, again) == (0, out)
+    assert "net: 0 plans to measure, 12 in the file" in told
+    code, _, told = tool("check_losses", *arguments, "--seed", 1)
+    assert code == 2
+    assert "holds cells of net with seed 0, not 1" in told
+    assert path.read_text() == before
+
+
+def test_the_table_of_the_losses_holds_the_figures(plans, tool):
+    path, _, out = plans
+    figures = [float(line.rpartition(" ")[2]) for line in out.splitlines()]
+    code, table, _ = tool("check_losses", "--render", path, "--details")
+    assert code == 0
+    (row,) = [line for line in table.splitlines() if line.startswith("| net |")]
+    assert [float(cell.strip(" *")) for cell in row.strip("|").split("|")[3:]] == pytest.approx(figures, abs=0.006)
+    assert "## net" in table
+    assert len(table.splitlines()) > 12 + 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -298,6 +361,10 @@ def test_the_tables_of_the_fits_hold_the_figures(tmp_path, tool):
         (("compare_fits", "a.onnx", "--data", "d", "--out", "x", "--budgets", "params=2"), "--params is 2.0"),
         (("compare_fits", "a.onnx", "--data", "d", "--out", "x"), "a.onnx"),
         (("lenet_fully_connected", "--out", "x", "--methods", "best"), "unknown 'best'"),
+        (("check_losses", "a.onnx", "--out", "x"), "--data is missing"),
+        (("check_losses", "a.onnx", "--data", "d", "--out", "x", "--params", "0.5"), "--params has no use here"),
+        (("check_losses", "a.onnx", "--data", "d", "--out", "x", "--plans", "2"), "--plans: at least 3"),
+        (("check_losses", "--render", "missing.jsonl"), "missing.jsonl holds no plans"),
     ],
 )
 def test_a_mistake_in_the_command_line_is_named(arguments, message, tmp_path, monkeypatch, tool):
@@ -306,3 +373,29 @@ def test_a_mistake_in_the_command_line_is_named(arguments, message, tmp_path, mo
     assert code == 2
     assert message in told
     assert not list(tmp_path.iterdir())
+
+
+def test_forms_of_a_layer_are_fitted_timed_and_held_against_each_other(tmp_path):
+    with np.load(ROOT / "models" / "digits.npz") as digits:
+        np.save(tmp_path / "digits.npy", digits["calibration"][:80, None].astype(np.float32))
+    out = tmp_path / "forms.jsonl"
+    given = ("--model", ROOT / "models" / "lenet5.onnx", "--data", tmp_path / "digits.npy", "--layers", "conv2")
+    quick = ("--batches", 1, "--rounds", 1, "--seconds", 0, "--threads", 1, "--clock", "cpu")
+    for _ in range(2):  # the second time there is nothing left to do
+        done = call("compare_forms.py", *given, *quick, "--out", out)
+        assert done.returncode == 0, done.stderr
+    (record,) = records(out)
+    nothing, dense, *trials = record["trials"]
+    assert (nothing["form"], dense["form"], dense["params"]) == ("nothing", "dense", 25_000)
+    assert {"low-rank", "spatial", "projected", "channels", "1x1 -> kxk -> 1x1"} <= {t["form"] for t in trials}
+    assert all(0 <= t["error"] < 1.5 and 0 < t["params"] < dense["params"] and len(t["ms"]) == 1 for t in trials)
+    table = call("compare_forms.py", "--render", out, "--without", "projected")
+    assert table.returncode == 0, table.stderr
+    header, _, row, won = (line for line in table.stdout.splitlines() if line.startswith("|"))
+    assert "projected" in header
+    assert "50x20" not in row
+    assert "20->50, 5x5" in row
+    assert won.startswith("| layers won")
+    refused = call("compare_forms.py", *given, "--threads", 2, "--clock", "cpu", "--out", out)
+    assert refused.returncode == 2
+    assert "--threads 1" in refused.stderr

@@ -34,7 +34,7 @@ from onnx_lrs.data import TensorSpec, fingerprint, open_samples
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.layers import find
 from onnx_lrs.graph.model import View
-from onnx_lrs.planning import cascade, plan, refits
+from onnx_lrs.planning import cascade, fitting, plan, refits
 from onnx_lrs.planning.candidates import Fitted
 from onnx_lrs.progress import Silent
 from onnx_lrs.solvers.problem import ElementFactors, Status
@@ -365,17 +365,21 @@ OTHER = {
     "columns": 1024,
     "memory_bytes": 1 << 30,
     "batch": 7,
+    "calibration_batch": 7,
     "threads": 2,
+    "provider": "cuda",
     "seed": 1,
     "exclude": ("fc*",),
     "shapes": {"image": (1, 3, 16, 16)},
     "random_data": True,
     "preprocess": onnx_lrs.Preprocess(scale=0.5),
+    "latency_table": "there.json",
+    "plan": "plan.json",
 }
 
 
 def test_the_key_changes_with_every_setting_but_the_folder():
-    assert {field.name for field in dataclasses.fields(Config)} - {"work", "jobs", "provider"} == set(OTHER)
+    assert {field.name for field in dataclasses.fields(Config)} - {"work", "jobs", "dry_run"} == set(OTHER)
     keys = {key_of(), *(key_of(**{name: value}) for name, value in OTHER.items())}
     assert len(keys) == 1 + len(OTHER)
 
@@ -441,7 +445,7 @@ CASES = {
 
 
 def compressed(case: Case, work: Path | None) -> bytes:
-    config = Config(**({"threads": 1, "work": work} | case.config))
+    config = Config(**({"threads": 1, "work": work, "budget": Budget(params=0.5)} | case.config))
     result = onnx_lrs.compress(case.model, data=case.data, config=config)
     return result.model.SerializeToString(deterministic=True)
 
@@ -461,8 +465,8 @@ def counted(monkeypatch) -> collections.Counter[tuple[str, bytes]]:
         monkeypatch.setattr(module, name, counting)
 
     wrap(plan, "candidates_and_probe")
-    wrap(pipeline, "solution_of")
-    wrap(pipeline, "solution_within")
+    wrap(fitting, "solution_of")
+    wrap(fitting, "solution_within")
     wrap(refits, "finish")
     return counts
 
@@ -475,7 +479,7 @@ def test_a_run_that_stops_after_every_part_solves_nothing_twice_and_gives_the_sa
     """Layer by layer: every layer in a pass of its own, as if memory held no two."""
     case = CASES[name]
     if alone:
-        for module in (plan, pipeline):
+        for module in (plan, fitting):
             monkeypatch.setattr(module, "groups", lambda layers, *_: [[layer] for layer in layers])
         monkeypatch.setattr(cascade.Cascade, "_groups", lambda self, layers: [[layer] for layer in layers])
     whole = compressed(case, None)
@@ -563,9 +567,12 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+FLAGS = ("--threads", "1", "--params", "0.5")
+
+
 def run(folder: Path, *flags: str, **more: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "onnx_lrs", "model.onnx", "--data", "x.npy", "--threads", "1", *flags]
+    command = [sys.executable, "-m", "onnx_lrs", "model.onnx", "--data", "x.npy", *FLAGS, *flags]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **more)
 
 

@@ -44,8 +44,8 @@ class Shelf:
         """Return whether a layer's statistics are there."""
         return node in self._known or self._work.has(KIND, node)
 
-    def take(self, node: str) -> dict[str, Statistic]:
-        """Return what is known of a layer, and forget it; what lies in a work folder stays there.
+    def look(self, node: str) -> dict[str, Statistic]:
+        """Return what is known of a layer; it stays.
 
         Raises
         ------
@@ -61,9 +61,21 @@ class Shelf:
                 )
             return kept
         found = {}
-        for role, (count, sampled) in self._known.pop(node, {}).items():
+        for role, (count, sampled) in self._known.get(node, {}).items():
             values = [np.asarray(self._store.get((node, role), number)) for number in range(4 if sampled else 2)]
             moments = Moments(count, values[0], values[1])
             found[role] = Statistic(moments, Columns(values[2]), values[3]) if sampled else Statistic(moments)
+        return found
+
+    def take(self, node: str) -> dict[str, Statistic]:
+        """Return what is known of a layer, and forget it; what lies in a work folder stays there.
+
+        Raises
+        ------
+        OutputError
+            As :meth:`look`.
+        """
+        found = self.look(node)
+        for role in self._known.pop(node, {}):
             self._store.drop((node, role))
         return found

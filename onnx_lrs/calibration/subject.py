@@ -170,7 +170,7 @@ def _batch(
     if samples is None:
         return 1
     rows = min(max(len(value), 1) if value.ndim else 1 for value in feed.values())
-    setting = Setting(config.memory_bytes, config.columns, config.batch, config.threads, config.seed, True)
+    setting = Setting(config.memory_bytes, config.columns, config.calibration_batch, config.threads, config.seed, True)
     fitted = int((1 - sources.SELECT_SHARE) * (1 - config.holdout) * samples.row_count)
     return rows_per_call(layers, shapes, rows, setting, fitted)
 

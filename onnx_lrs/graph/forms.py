@@ -4,6 +4,8 @@
 and dilations, ``left`` a 1x1 Conv (Gemm: two Gemms, MatMul: two MatMuls); S becomes a Gather of the kept channels and a
 layer of the same op on them; where both exist an Add joins them. The bias is added once, by the last node of a chain.
 
+Two more forms of a k x k Conv are chains as well: k x 1 -> 1 x k, and 1 x 1 -> k x k.
+
 S with single entries joins the weight instead of the output: one layer whose weight ``left @ right + S`` is computed
 from constants. A runtime does that once, at load (ONNX Runtime folds it away), and then runs the dense layer: a smaller
 file at the same speed. Where the parts would take more bytes than the weight in full, that is stored.
@@ -25,7 +27,7 @@ from onnx_lrs.graph.layers import Geometry, Layer
 from onnx_lrs.graph.model import sparse_bytes, sparse_tensor
 from onnx_lrs.graph.splice import Names, SparseConstant, stored_constant
 from onnx_lrs.graph.weights import Scratch
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, ProjectedFactors, SpatialFactors
 
 Floats = NDArray[np.float64]
 GEMM_C_OPTIONAL = 11  # the opset since which Gemm's third input may be left out
@@ -63,6 +65,8 @@ class Site:
 def build(site: Site, factors: AnyFactors) -> list[gs.Node]:
     """Return the nodes that compute the factorised layer, the last of which writes the node's own output tensor."""
     x, y = gs.Variable(site.layer.input), gs.Variable(site.layer.node, dtype=np.float32)
+    if isinstance(factors, ProjectedFactors):
+        return _projected(site, factors, x, y)
     if isinstance(factors, SpatialFactors):
         return _spatial(site, factors, x, y)
     if isinstance(factors, ElementFactors):
@@ -167,6 +171,16 @@ def _spatial(site: Site, factors: SpatialFactors, x: gs.Tensor, y: gs.Tensor) ->
         gs.Node("Conv", site.names.fresh(f"{site.layer.name}.vertical"), _conv_attrs(columns), [x, vertical], [middle]),
         gs.Node("Conv", site.names.fresh(f"{site.layer.name}.horizontal"), _conv_attrs(rows), horizontal, [y]),
     ]
+
+
+def _projected(site: Site, factors: ProjectedFactors, x: gs.Tensor, y: gs.Tensor) -> list[gs.Node]:
+    """Return 1 x 1 -> k x k; the second Conv is the layer's own on fewer channels, with its strides and pads."""
+    middle = site.tensor("projected")
+    ones = [1] * len(site.layer.geometry.kernel)
+    projection = site.constant("projection", factors.right.reshape(*factors.right.shape[:2], *ones))
+    name = site.names.fresh(f"{site.layer.name}.projection_product")
+    first = gs.Node("Conv", name, {"kernel_shape": ones}, [x, projection], [middle])
+    return [first, _product(site, "kernel", factors.left.reshape(len(factors.left), -1), middle, y, with_bias=True)]
 
 
 def _axis(geometry: Geometry, axis: int) -> Geometry:

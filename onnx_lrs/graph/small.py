@@ -1,7 +1,7 @@
 """A layer alone in a small graph, as it stands in its network: what its latency depends on, and nothing else.
 
-A Conv is timed between a neighbour that feeds it and one that reads it, because a runtime that keeps images in blocks of
-channels (ONNX Runtime's NCHWc) reorders where a layer falls out of that layout, and fuses the sum and the activation
+A Conv is timed between a neighbour that feeds it and one that reads it, because a runtime that keeps images in blocks
+of channels (ONNX Runtime's NCHWc) reorders where a layer falls out of that layout, and fuses the sum and the activation
 behind it. The neighbours are the cheapest that stay in the layout: a 1x1 Conv from one channel and a global average.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
+import scipy.sparse
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -21,9 +23,10 @@ from onnx_lrs.graph.layers import Geometry, Layer, find
 from onnx_lrs.graph.model import View, array_tensor, is_standard
 from onnx_lrs.graph.rewrite import ELEMENTWISE, POOLS, rewrite
 from onnx_lrs.solvers.activation import Activation
-from onnx_lrs.solvers.problem import AnyFactors, Factors, SpatialFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, ProjectedFactors, SpatialFactors
 
 OPSET, IR_VERSION = 13, 8
+COLDEST = 6  # log2 of the MiB that are let go by at most
 LAYER = "layer"
 KEEPS_LAYOUT = ELEMENTWISE | POOLS | {"Conv", "Concat", "Add", "BatchNormalization"}
 Feed = dict[str, NDArray[np.float32]]
@@ -34,7 +37,9 @@ class Small:
     """A layer with its surroundings; equal ones take equally long.
 
     ``input_shape`` and ``output_shape`` are those of the run that is timed, batch included; ``fed``: another layer in
-    front leaves its output in the runtime's own layout; ``shortcut``: a computed tensor is added behind the layer.
+    front leaves its output in the runtime's own layout; ``shortcut``: a computed tensor is added behind the layer;
+    ``cold_mib``: so much memory goes by between two runs of the layer that its weights are no longer near (0: they
+    weigh less than its activations, which are what counts then).
     """
 
     op: str
@@ -46,6 +51,7 @@ class Small:
     activation: Activation
     fed: bool
     shortcut: bool
+    cold_mib: int = 0
 
     @property
     def key(self) -> str:
@@ -72,8 +78,9 @@ class Shape:
         return f"{self.form},{self.rank},{self.kept},{self.outputs},{int(self.gathered)}"
 
 
-def small_of(view: View, layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Small:
-    """Return a layer with its surroundings; ``shapes`` are those of the run that is timed."""
+def small_of(view: View, layer: Layer, shapes: Mapping[str, tuple[int, ...]], weights: int) -> Small:
+    """Return a layer with its surroundings; ``shapes`` are those of the timed run, ``weights`` the model's params."""
+    activations = math.prod(shapes[layer.input]) + math.prod(shapes[layer.node])
     shortcut = layer.behind.shortcut
     added = shortcut is not None and shapes.get(shortcut, ()) == shapes[layer.node] and layer.op == "Conv"
     has_bias = layer.bias is not None or _has_operand(view, layer)
@@ -87,7 +94,13 @@ def small_of(view: View, layer: Layer, shapes: Mapping[str, tuple[int, ...]]) ->
         activation=layer.activation,
         fed=layer.op == "Conv" and is_fed(view, layer.input),
         shortcut=added,
+        cold_mib=_cold_mib(weights) if layer.params > activations else 0,
     )
+
+
+def _cold_mib(weights: int) -> int:
+    """Return the model's weights in MiB, as a power of two so that similar models share their measurements."""
+    return 1 << min(max(4 * weights // 2**20, 1).bit_length() - 1, COLDEST)
 
 
 def _has_operand(view: View, layer: Layer) -> bool:
@@ -128,22 +141,43 @@ def build_small(small: Small, shape: Shape) -> tuple[onnx.ModelProto, Feed]:
     return rewrite(view, layers, factors, ranks).model, feed
 
 
+def streamer(mib: int) -> tuple[onnx.ModelProto, Feed]:
+    """Return a graph that reads so many MiB of weights once: after it other weights have left the near caches."""
+    draft = _Draft()
+    draft.inputs["input"] = (1, 1024)
+    weight = np.ones((1024, mib << 8), np.float32)
+    draft.constants.append(array_tensor(weight, "weight"))
+    return draft.model(draft.node("MatMul", ["input", "weight"], "output"))
+
+
 def random_factors(layer: Layer, shape: Shape, support: NDArray[np.int64] | None = None) -> AnyFactors:
     """Return factors of that shape with random values of usual size; ``support`` names the kept channels."""
     generator = np.random.default_rng(0)
 
     def draw(*sizes: int) -> NDArray[np.float64]:
-        return generator.standard_normal(sizes, np.float32).astype(np.float64) / np.sqrt(sizes[1])
+        return np.asarray(generator.standard_normal(sizes, np.float32) / np.sqrt(sizes[1]), np.float64)
 
     rank, shift = shape.rank, np.zeros(layer.out)
     if shape.form == "spatial":
         height, width = layer.geometry.kernel
         return SpatialFactors(draw(layer.out, rank, width), draw(rank, layer.channels, height), shift)
+    if shape.form == "projected":
+        left = draw(layer.out, rank * layer.taps).reshape(layer.out, rank, layer.taps)
+        return ProjectedFactors(left, draw(rank, layer.channels)[:, :, None], shift)
     if support is None:
         support = np.sort(generator.choice(layer.channels, shape.kept, replace=False))
     sparse = draw(layer.out, max(len(support) * layer.taps, 1))[:, : len(support) * layer.taps]
     left, right = draw(layer.out, max(rank, 1))[:, :rank], draw(max(rank, 1), layer.d)[:rank]
     return Factors(left, right, support.astype(np.int64), sparse, shift, layer.taps)
+
+
+def random_elements(layer: Layer, rank: int, count: int) -> ElementFactors:
+    """Return factors of a rank beside so many single entries, values and places random."""
+    generator = np.random.default_rng(0)
+    left, right = generator.standard_normal((layer.out, rank)), generator.standard_normal((rank, layer.d))
+    places = np.sort(generator.choice(layer.params, count, replace=False))
+    sparse = scipy.sparse.csr_array((np.ones(count), np.divmod(places, layer.d)), shape=(layer.out, layer.d))
+    return ElementFactors(left, right, sparse, np.zeros(layer.out))
 
 
 def _feature_axis(small: Small) -> int:
@@ -221,7 +255,9 @@ def _product(draft: _Draft, small: Small) -> str:
     weight = draft.weight("weight", (small.out, features) if g.weight_left else (features, small.out), features)
     end = draft.node("MatMul", [weight, "input"] if g.weight_left else ["input", weight], LAYER)
     if small.bias:
-        end = draft.node("Add", [end, draft.weight("bias", (small.out, 1) if g.weight_left else (small.out,), 1)], "sum")
+        end = draft.node(
+            "Add", [end, draft.weight("bias", (small.out, 1) if g.weight_left else (small.out,), 1)], "sum"
+        )
     return end
 
 

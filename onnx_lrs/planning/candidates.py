@@ -21,6 +21,7 @@ from onnx_lrs.solvers.behind import activation_error, plain, response_norm, with
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
+from onnx_lrs.solvers.spectral import choose_damping
 
 LOW_RANK = ("lrs", "hsvd", "svd", "admm", "greedy")  # methods that low rank alone may stand in for
 BLOCK = 4096  # columns of W taken to float64 at a time, or sampled columns multiplied at a time
@@ -61,10 +62,10 @@ class Question:
 
 
 def candidates_of(question: Question) -> list[Candidate]:
-    """Return the undominated candidates that the file can hold."""
+    """Return the candidates that the file can hold and that no other of their form beats in parameters and loss."""
     if question.method is None:
         return []
-    found = curve(question.problem, question.method, question.multiple, question.settings)
+    found = curve(question.problem, question.method, question.multiple, question.settings, each_form=True)
     shape, sparse = question.shape, question.takes_sparse
     return [c for c in found if not c.elements or is_in_parts(c.rank, c.elements, shape, sparse)]
 
@@ -84,6 +85,8 @@ def candidates_and_probe(question: Question) -> tuple[list[Candidate], tuple[flo
 def solution_of(question: Question, chosen: Candidate) -> Solution:
     """Return the solution for a candidate."""
     assert question.method is not None  # a layer without a method has no candidates to choose
+    if np.isnan(chosen.damping):  # a plan written by hand
+        chosen = dataclasses.replace(chosen, damping=choose_damping(question.problem))
     return fit(question.problem, chosen, question.method, question.settings)
 
 
@@ -118,7 +121,7 @@ class Bench:
         return Question(method, problem, self.settings, self.multiple, *stored)
 
     def curve(self, layer: Layer, statistics: Mapping[str, Statistic]) -> list[Candidate]:
-        """Return the layer's undominated candidates, losses on the SELECT moments (weights only if there are none)."""
+        """Return the layer's candidates, losses on the SELECT moments (weights only if there are none)."""
         question = self.question(layer, statistics)
         with threads_for(question.problem.d, self.threads):
             return candidates_of(question)

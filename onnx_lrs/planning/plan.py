@@ -5,27 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from onnx_lrs.calibration.capture import Roles, Statistic, groups
 from onnx_lrs.calibration.subject import Subject
-from onnx_lrs.config import Budget
 from onnx_lrs.errors import BudgetError
-from onnx_lrs.graph.forms import GEMM_C_OPTIONAL
-from onnx_lrs.graph.layers import Layer, read_elsewhere
-from onnx_lrs.graph.model import weight_count
-from onnx_lrs.graph.rewrite import alive_outputs
+from onnx_lrs.graph.layers import Layer
 from onnx_lrs.planning.allocate import Choice, allocate
 from onnx_lrs.planning.candidates import Question, candidates_and_probe
+from onnx_lrs.planning.prices import Macs, Params, Plan, Price, Size, alive_after
 from onnx_lrs.planning.sensitivity import bounded
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Task
 from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
-from onnx_lrs.solvers.spatial import FORM
 
 SLACK_ROUNDS = 8
 SLACK_SHARE = 0.005  # of the limit: less is not worth another round
@@ -35,13 +29,41 @@ CURVE, PLAN, START = "curve", "plan", "start"  # kinds of what is kept
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The candidate chosen for each layer that is compressed, by node; the others stay dense."""
+class Limit:
+    """At most a fraction of the original, under one price; ``name`` is that of the flag."""
 
-    chosen: Mapping[str, Candidate]
+    name: str
+    price: Price
+    fraction: float
+
+    @property
+    def most(self) -> int:
+        """What may be spent in all."""
+        return int(self.fraction * self.price.before)
 
 
-Solved = tuple[Mapping[str, int], Plan]  # cost of each layer, and the plan
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """A plan with the sum of its layers' costs under each limit, and what is left of that once dead filters go."""
+
+    plan: Plan
+    costs: tuple[int, ...]
+    spent: tuple[int, ...]
+
+
+def limits_of(subject: Subject, fractions: Mapping[str, float], timing: Price | None) -> tuple[Limit, ...]:
+    """Return limits from fractions of the original by name; ``timing`` is the price of latency where it is measured."""
+    prices: dict[str, Callable[[], Price]] = {
+        "params": lambda: Params(subject),
+        "macs": lambda: Macs(subject),
+        "size": lambda: Size(subject),
+    }
+    found = []
+    for name, fraction in fractions.items():
+        price = timing if name == "latency" else prices[name]()
+        assert price is not None  # measured before, see Budget.is_timed
+        found.append(Limit(name, price, fraction))
+    return tuple(found)
 
 
 def error_curves(
@@ -90,7 +112,7 @@ def _kept(layer: Layer, shop: Shop) -> Curve | None:
     curve: Curve | None = shop.work.get(CURVE, layer.node)
     if curve is None or not curve[0] or shop.shelf is None:
         return curve
-    return curve if shop.work.has(START, layer.node) or shop.shelf.has(layer.node) else None
+    return curve if shop.shelf.has(layer.node) else None
 
 
 def _asked(shop: Shop, layer: Layer, own: Mapping[str, Statistic]) -> tuple[Question]:
@@ -117,126 +139,96 @@ def weighted(curves: Curves, sensitivity: Mapping[str, float]) -> dict[str, list
     }
 
 
-def make_plan(subject: Subject, curves: Curves, budget: Budget) -> Plan:
-    """Choose one candidate for each layer so that the whole model keeps to the budget at the least total loss.
+def make_plan(subject: Subject, curves: Curves, limits: Sequence[Limit], dense: Collection[str] = ()) -> Plan:
+    """Choose one candidate for each layer so that the whole model keeps to the limits at the least total loss.
 
     Filters that no reader needs any more (graph/rewrite.py) make a plan cheaper than the sum of its layers. That slack
-    is given out again until the real cost comes close to the budget.
+    is given out again until the real cost comes close to the limits.
+
+    Parameters
+    ----------
+    subject : Subject
+        The model.
+    curves : mapping of node to candidates
+        What each layer may become, dense apart.
+    limits : sequence of Limit
+        What must hold of the whole model; at least one.
+    dense : collection of str
+        Nodes of layers that stay dense whatever they would save.
 
     Raises
     ------
     BudgetError
         If even the smallest candidates exceed it; names what can be reached.
     """
-    layers = [layer for layer in subject.layers if curves[layer.node]]
-    choices = [_choices(subject, layer, curves[layer.node], budget) for layer in layers]
-    before = subject.params if budget.kind == "params" else sum(subject.macs.values())
-    now = weight_count(subject.folded) if budget.kind == "params" else before
-    fixed = now - sum(options[0].cost for options in choices)
-    limit = int(budget.fraction * before) - fixed
-    best = _solve(layers, choices, curves, limit)
+    layers = [layer for layer in subject.layers if curves[layer.node] and layer.node not in dense]
+    choices = [_choices(layer, curves[layer.node], limits) for layer in layers]
+    most = []
+    for k, limit in enumerate(limits):
+        fixed = limit.price.now - sum(options[0].costs[k] for options in choices)
+        most.append(limit.most - fixed)
+    room = tuple(most)
+
+    def solve(given: Sequence[int]) -> Solved | None:
+        chosen = allocate(choices, given)
+        if chosen is None:
+            return None
+        picked = {layer.node: curves[layer.node][c - 1] for layer, c in zip(layers, chosen, strict=True) if c > 0}
+        plan = Plan(picked)
+        costs = tuple(sum(o[c].costs[k] for o, c in zip(choices, chosen, strict=True)) for k in range(len(limits)))
+        alive = alive_after(subject, plan)
+        saved = (limit.price.saved(plan, alive) for limit in limits)
+        return Solved(plan, costs, tuple(cost - less for cost, less in zip(costs, saved, strict=True)))
+
+    best = solve(room)
     if best is None:
-        smallest = (fixed + sum(min(c.cost for c in options) for options in choices)) / before
-        raise BudgetError(
-            f"--{budget.kind} {budget.fraction} cannot be reached: the smallest candidates of the {len(layers)} layers "
-            f"that can be compressed leave {smallest:.3f} of the {budget.kind}.",
-            f"Allow at least --{budget.kind} {math.ceil(1000 * smallest) / 1000}, or a smaller --multiple.",
-        )
-    return _spend_slack(best, limit, lambda given: _solve(layers, choices, curves, given), subject, budget)
+        raise _unreachable(layers, choices, limits, room)
+    return _spend_slack(best, room, solve).plan
 
 
-def _spend_slack(
-    best: Solved, limit: int, solve: Callable[[int], Solved | None], subject: Subject, budget: Budget
-) -> Plan:
-    """Raise the knapsack's limit while the real cost (less dead filters) keeps to ``limit``; halve what overshoots."""
-    given, step = limit, limit - _spent(subject, best, budget)
+def _unreachable(
+    layers: Sequence[Layer], choices: Sequence[Sequence[Choice]], limits: Sequence[Limit], room: Sequence[int]
+) -> BudgetError:
+    """Return the error that says what can be reached instead."""
+    least = []
+    for k, limit in enumerate(limits):
+        fixed = limit.most - room[k]
+        smallest = fixed + sum(min(c.costs[k] for c in options) for options in choices)
+        least.append(math.ceil(1000 * smallest / limit.price.before) / 1000)
+    asked = " ".join(f"--{limit.name} {limit.fraction:g}" for limit in limits)
+    alone = all(value <= limit.fraction for value, limit in zip(least, limits, strict=True))
+    reachable = " and ".join(f"{value:.3f} of the {limit.name}" for value, limit in zip(least, limits, strict=True))
+    each = "" if len(limits) == 1 else ", each alone" if not alone else ", each alone but not together"
+    advice = " ".join(f"--{limit.name} {value}" for value, limit in zip(least, limits, strict=True))
+    return BudgetError(
+        f"{asked} cannot be reached: the smallest candidates of the {len(layers)} layers that can be compressed leave "
+        f"{reachable}{each}.",
+        f"Allow at least {advice}, or a smaller --multiple." if not alone else "Allow more of one of them.",
+    )
+
+
+def _spend_slack(best: Solved, room: Sequence[int], solve: Callable[[Sequence[int]], Solved | None]) -> Solved:
+    """Raise the knapsack's limits while the real costs (less dead filters) keep to ``room``; halve what overshoots."""
+    given, step = list(room), [most - spent for most, spent in zip(room, best.spent, strict=True)]
     for _ in range(SLACK_ROUNDS):
-        if step <= limit * SLACK_SHARE:
+        if all(more <= most * SLACK_SHARE for more, most in zip(step, room, strict=True)):
             break
-        trial = solve(given + step)
-        if trial is None or _spent(subject, trial, budget) > limit:
-            step //= 2
+        raised = [most + max(more, 0) for most, more in zip(given, step, strict=True)]
+        trial = solve(raised)
+        if trial is None or any(spent > most for spent, most in zip(trial.spent, room, strict=True)):
+            step = [more // 2 for more in step]
             continue
-        best, given = trial, given + step
-        step = min(step, limit - _spent(subject, best, budget))
-    return best[1]
+        best, given = trial, raised
+        step = [min(more, most - spent) for more, most, spent in zip(step, room, best.spent, strict=True)]
+    return best
 
 
-def _solve(layers: Sequence[Layer], choices: Sequence[Sequence[Choice]], curves: Curves, limit: int) -> Solved | None:
-    """Return the cost of each layer and the plan, or None if the limit cannot be kept."""
-    chosen = allocate(choices, limit)
-    if chosen is None:
-        return None
-    costs = {layer.node: choices[i][chosen[i]].cost for i, layer in enumerate(layers)}
-    picked = {layer.node: curves[layer.node][c - 1] for layer, c in zip(layers, chosen, strict=True) if c > 0}
-    return costs, Plan(picked)
-
-
-def _spent(subject: Subject, solved: Solved, budget: Budget) -> int:
-    costs, plan = solved
-    return sum(costs.values()) - _saved(subject, plan, budget)
-
-
-def _saved(subject: Subject, plan: Plan, budget: Budget) -> int:
-    """Return what dead filters save in the budget's unit: rows of weights (and their biases)."""
-    reads = {node: np.sort(c.support) for node, c in plan.chosen.items() if c.form == "channels"}
-    alive, _ = alive_outputs(subject.view, subject.layers, reads)
-    saved = 0
-    for layer in subject.layers:
-        if layer.node not in alive:
-            continue
-        rows = layer.out - len(alive[layer.node])
-        row = _row_params(layer, plan.chosen.get(layer.node))
-        positions = subject.macs[layer.node] // layer.params
-        saved += rows * (row * positions if budget.kind == "macs" else row + (layer.bias is not None))
-        if budget.kind == "params" and layer.node not in plan.chosen and _shares_bias(subject, layer):
-            saved -= layer.out  # the shorter bias is a new one beside the old
-    return saved
-
-
-def _shares_bias(subject: Subject, layer: Layer) -> bool:
-    """Return whether others read a layer's bias too, so that it stays where the layer gets a new one."""
-    return layer.bias is not None and read_elsewhere(subject.view, layer.bias) is not None
-
-
-def _row_params(layer: Layer, chosen: Candidate | None) -> int:
-    """Return the weights that go with one output of the layer."""
-    if chosen is None:
-        return layer.d
-    if chosen.form == FORM:
-        return chosen.rank * layer.geometry.kernel[1]
-    return chosen.rank + len(chosen.support) * layer.taps  # which rows single entries lie in is not known yet
-
-
-def _choices(subject: Subject, layer: Layer, candidates: Sequence[Candidate], budget: Budget) -> list[Choice]:
-    """Return the layer's choices, dense first, each with its cost in the budget's unit."""
-    if budget.kind == "macs":
-        costs = [macs_of(subject, layer, c.form, c.rank, c.params) for c in candidates]
-        dense = subject.macs[layer.node]
-    else:
-        new_bias = layer.out if layer.affine and (layer.bias is None or _shares_bias(subject, layer)) else 0
-        if layer.op == "Gemm" and subject.view.opset < GEMM_C_OPTIONAL:
-            new_bias += 2  # a zero for the C of each Gemm that has no bias
-        costs, dense = [c.params + new_bias for c in candidates], layer.params
-    pairs = zip(costs, candidates, strict=True)
-    return [Choice(dense, 0.0), *(Choice(cost, _tempered(c.loss)) for cost, c in pairs)]
+def _choices(layer: Layer, candidates: Sequence[Candidate], limits: Sequence[Limit]) -> list[Choice]:
+    """Return the layer's choices, dense first, each with its costs."""
+    dense = Choice(tuple(limit.price.dense(layer) for limit in limits), 0.0)
+    return [dense, *(Choice(tuple(x.price.of(layer, c) for x in limits), _tempered(c.loss)) for c in candidates)]
 
 
 def _tempered(loss: float) -> float:
     """Return a loss above 1 (worse than no layer at all) on a log scale, or one wild curve would drown the others."""
     return loss if loss <= 1.0 else 1.0 + math.log(loss)
-
-
-def macs_of(subject: Subject, layer: Layer, form: str, rank: int, params: int) -> int:
-    """Return the multiply-accumulates of a layer in a given form with that many weights.
-
-    Every form works at the output's positions, but for the k x 1 part of the spatial one: it keeps the input's width.
-    """
-    positions = subject.macs[layer.node] // layer.params
-    if form.endswith("elements"):  # run as the dense layer they are folded to
-        return subject.macs[layer.node]
-    if form != FORM:
-        return params * positions
-    vertical = rank * layer.channels * layer.geometry.kernel[0]
-    rows = positions // subject.shapes[layer.node][3]
-    return vertical * rows * subject.shapes[layer.input][3] + (params - vertical) * positions

@@ -26,6 +26,10 @@ class Shop:
     shelf: Shelf | None = None
     work: Work = dataclasses.field(default_factory=Work)
 
+    def on_branch(self, tag: str) -> Shop:
+        """Return the same tools with what is kept apart from that of other tags."""
+        return dataclasses.replace(self, work=self.work.branch(tag))
+
     def captured(
         self, group: Sequence[Layer], roles: Roles, progress: Progress, known: Collection[str]
     ) -> dict[str, dict[str, Statistic]]:

@@ -180,12 +180,16 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
     """
     blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result)]
     blocks += [*_optimised(result.optimised, verbose), "", *_quality(result.quality)]
-    blocks += ["", *_layers(result, verbose), *_certificate(result)]
+    blocks += [*_search(result), "", *_layers(result, verbose), *_certificate(result)]
     blocks += _skipped_all(result) if verbose else _skipped_summary(result)
     blocks += ["", *_notes(result.notes), _effort_line(result, verbose)]
     console = console or stderr_console()
     _print(blocks, console)
     written = "Nothing was written: no output file was named." if result.output is None else f"Wrote {result.output}"
+    if result.dry_run:
+        written = "Nothing was written: a dry run. Errors are those that the plan counts with; the rest was measured."
+    elif result.unchanged:
+        written = f"Nothing pays: {result.unchanged}. {written}, the original as it was."
     console.print(_text(written), soft_wrap=True)  # a path in one piece can be copied
 
 
@@ -203,6 +207,21 @@ def _sizes(result: Result) -> Table:
     return table
 
 
+def _search(result: Result) -> list[RenderableType]:
+    """Return what was tried to find how fast the model gets within what may be lost."""
+    if not result.search:
+        return []
+    lost = f">Lost ({result.search[0].measure})"
+    table = _table(
+        ">Latency asked", ">Predicted", lost, "Layers fitted", "", title="Search, against the original model"
+    )
+    for step in result.search:
+        held = "within the limit" if step.held else "too much"
+        asked, predicted = f"{step.latency:.3f}", f"{step.predicted:.3f}"
+        table.add_row(asked, predicted, f"{step.drop:+.2%}", _text(step.fit), held)
+    return ["", table]
+
+
 def _latency_line(result: Result) -> list[Text]:
     if result.after.latency_ms is None:
         return []
@@ -210,6 +229,9 @@ def _latency_line(result: Result) -> list[Text]:
     words = ["Latency is the median"]
     if threads is not None:
         words.append(f"{threads} thread{'' if threads == 1 else 's'}")
+    batch = result.settings.get("batch", 1)
+    if batch != 1:
+        words.append(f"batch {batch}")
     if provider is not None:
         words.append(str(provider))
     return [_text(", ".join(words) + ".")]
@@ -304,13 +326,16 @@ def _layers(result: Result, verbose: bool) -> list[RenderableType]:
         layers = sorted(layers, key=lambda layer: _cost(layer, kind)[1], reverse=True)[:SUMMARY_LAYERS]
         unit = "MACs" if kind == "macs" else "parameters"
         title = f"The {len(layers)} of {len(result.layers)} compressible layers with the most {unit} left (-v: all)"
-    table = _table("Layer", "Weight", "Form", ">MACs" if kind == "macs" else ">Parameters", ">Error", title=title)
+    timed = any(layer.latency_before_ms is not None for layer in layers)
+    unit = ">MACs" if kind == "macs" else ">Parameters"
+    table = _table("Layer", "Weight", "Form", unit, *[">Latency"] * timed, ">Error", title=title)
     for layer in layers:
         before, after = _cost(layer, kind)
-        size = f"{_count(before)} -> {_count(after)}"
-        table.add_row(
-            _text(layer.name), _weight(layer.op, layer.shape), _form(layer), Text(size), Text(_percent(_error(layer)))
-        )
+        cells = [_text(layer.name), _weight(layer.op, layer.shape), _form(layer)]
+        cells.append(Text(f"{_count(before)} -> {_count(after)}"))
+        if timed:
+            cells.append(Text(f"{_milliseconds(layer.latency_before_ms)} -> {_milliseconds(layer.latency_after_ms)}"))
+        table.add_row(*cells, Text(_percent(_error(layer))))
     behind = any(layer.activation_error is not None for layer in layers)
     return [table, _text("Errors are those behind the activation.")] if behind else [table]
 
@@ -365,6 +390,7 @@ def _form(layer: LayerResult) -> Text:
     figures = {
         "low-rank": f" {layer.rank}",
         "spatial": f" {layer.rank}",
+        "projected": f" {layer.rank}",
         "channels": f" {layer.kept_channels}/{layer.channels}",
         "elements": f" {_percent(layer.elements / weights if weights else None)}",
         "dense": "",

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-Form = Literal["dense", "low-rank", "channels", "low-rank + channels", "spatial", "elements", "low-rank + elements"]
+Form = Literal[
+    "dense", "low-rank", "channels", "low-rank + channels", "spatial", "projected", "elements", "low-rank + elements"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,23 @@ class Ratio:
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchStep:
+    """One question of the search for what ``max_drop`` allows.
+
+    ``latency`` is the limit that was tried and ``predicted`` what its plan is predicted to take, fractions of the
+    original's; ``drop`` what was lost, a share of ``measure`` ("accuracy", "agreement", "relative error", "metric");
+    ``fit`` says how the layers were fitted ("alone", "cascade"), or "confirm" where the untouched samples were asked.
+    """
+
+    latency: float
+    predicted: float
+    drop: float
+    measure: str
+    fit: str
+    held: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerResult:
     """What became of one compressible layer.
 
@@ -52,6 +71,7 @@ class LayerResult:
     in the same way on the columns of the fit. ``status`` says how the solve ended: ``solved``, ``dense`` for a layer
     left as it is, or another name in :class:`onnx_lrs.solvers.Status` in lower case. ``activation`` is what follows the
     layer, with what stands between: "add + relu", or "sigmoid, fitted as linear" where it is not piecewise linear.
+    ``latency_before_ms`` and ``latency_after_ms`` are those of the layer alone in a small graph, where latency decides.
     """
 
     name: str
@@ -75,6 +95,8 @@ class LayerResult:
     status: str = "solved"
     activation: str = "linear"
     damping: float | None = None
+    latency_before_ms: float | None = None
+    latency_after_ms: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +198,9 @@ class Result(_Report):
     are not in it, it refers to them as the file does. ``quality`` is None without data. ``notes`` are the plain
     sentences that the console shows as well. ``certificate`` is None without guarantees, or where they do not add up to
     one (a note says why). ``optimised`` is None where ONNX Runtime's own graph was not looked at.
+    ``predicted_latency_ms`` is what the plan was predicted to take, None where latency does not decide; ``search`` the
+    questions of a search for what ``max_drop`` allows. ``unchanged`` says why the original was kept, empty where it was
+    not; with ``dry_run`` nothing was fitted, and errors are those that the plan counts with.
     """
 
     input: str | None
@@ -194,6 +219,10 @@ class Result(_Report):
     notes: tuple[str, ...] = ()
     profile: dict[str, float] = dataclasses.field(default_factory=dict)
     optimised: Optimised | None = None
+    predicted_latency_ms: float | None = None
+    search: tuple[SearchStep, ...] = ()
+    unchanged: str = ""
+    dry_run: bool = False
     schema: int = SCHEMA
     model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})
 

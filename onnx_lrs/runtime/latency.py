@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,11 @@ ROUNDS = (10, 200)
 SECONDS = 2.0
 
 
+def fast_quarter(times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the lower quartile of the rounds: what calls take that other work on the machine did not disturb."""
+    return np.asarray(np.quantile(times, 0.25, axis=0), np.float64)
+
+
 def interleaved(sessions: tuple[Session, Session], feed: Feed) -> tuple[float, float]:
     """Return the median latency of both sessions on one feed, in milliseconds.
 
@@ -24,11 +29,13 @@ def interleaved(sessions: tuple[Session, Session], feed: Feed) -> tuple[float, f
     return float(first), float(second)
 
 
-def times_in_turn(sessions: Sequence[Session], feeds: Sequence[Feed], seconds: float) -> NDArray[np.float64]:
+def times_in_turn(
+    sessions: Sequence[Session], feeds: Sequence[Feed], seconds: float, between: Callable[[], object] | None = None
+) -> NDArray[np.float64]:
     """Return the time of every call in milliseconds, shape (rounds, sessions).
 
     After a warm-up every session runs once a round, forwards and backwards in turn, for about ``seconds`` (at least 10
-    rounds, at most 200).
+    rounds, at most 200). ``between`` is called before each timed call.
     """
     for session, feed in zip(sessions, feeds, strict=True):
         for _ in range(WARM_UP):
@@ -39,6 +46,8 @@ def times_in_turn(sessions: Sequence[Session], feeds: Sequence[Feed], seconds: f
         times = [0.0] * len(sessions)
         order = range(len(sessions))
         for which in order if len(rounds) % 2 == 0 else reversed(order):
+            if between is not None:
+                between()
             start = time.perf_counter()
             sessions[which].run(feeds[which])
             times[which] = 1e3 * (time.perf_counter() - start)

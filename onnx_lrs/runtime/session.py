@@ -32,8 +32,8 @@ ERRORS_ONLY = 3  # ONNX Runtime's log severity
 # Measured on 1.31.1: absolute locations and links out of the model's folder are refused, buffers given for files or
 # initialisers are copied, and locations below this folder are mapped.
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-# Threads of a session spin for a while after a run and take the cores from the next session: two VGG-16 run in turn took
-# 12.9 ms a call instead of 6.7 alone, four took 33 (2 cores, 2 threads). With this they stop when the run is done.
+# Threads of a session spin for a while after a run and take the cores from the next session: two VGG-16 run in turn
+# took 12.9 ms a call instead of 6.7 alone, four took 33 (2 cores, 2 threads). With this they stop when the run is done.
 STOP_SPINNING = "session.force_spinning_stop"
 WRITTEN_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 WRITTEN_OUTSIDE = "session.optimized_model_external_initializers_min_size_in_bytes"

@@ -31,7 +31,17 @@ import scipy.linalg
 
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, argument, bias_of, pre_activation, respond, unargument
-from onnx_lrs.solvers.problem import AnyFactors, Array, ElementFactors, Factors, Problem, Response, SpatialFactors
+from onnx_lrs.solvers.problem import (
+    AnyFactors,
+    Array,
+    ElementFactors,
+    Factors,
+    Problem,
+    ProjectedFactors,
+    Response,
+    SpatialFactors,
+)
+from onnx_lrs.solvers.projected import flattened
 from onnx_lrs.solvers.prox import through
 from onnx_lrs.solvers.spatial import goal_by_tap, metric_by_tap
 from onnx_lrs.solvers.spectral import Seen, assemble, joint, reduce_rows, seen, with_level
@@ -98,12 +108,12 @@ def _metric(problem: Problem, damping: float) -> tuple[Array, float]:
 
 
 class Form:
-    """The metric of one mu, ready for spatial factors or for low rank + channels."""
+    """The metric of one mu, ready for spatial (or projected) factors or for low rank + channels."""
 
-    def __init__(self, problem: Problem, spatial: bool, damping: float) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, like: AnyFactors, damping: float) -> None:
+        self._problem = flattened(problem) if isinstance(like, ProjectedFactors) else problem
         metric, self._level = _metric(problem, damping)
-        self._metric = metric_by_tap(problem, metric) if spatial else metric
+        self._metric = metric_by_tap(self._problem, metric) if isinstance(like, SpatialFactors) else metric
 
     def fit(self, target: Target, like: AnyFactors, mean: Array, steps: bool = True) -> AnyFactors:
         """Return the best factors for T and the mean response, with the rank and channels of ``like``.
@@ -114,8 +124,8 @@ class Form:
         problem = self._problem
         if isinstance(like, SpatialFactors):
             goal = goal_by_tap(problem, self._metric, target.weight, target.seen(self._level))
-            found: AnyFactors = goal.fit(like.right, steps)
-            return with_mean(problem, found, mean)
+            found = goal.fit(like.right, steps)
+            return with_mean(problem, dataclasses.replace(like, left=found.left, right=found.right), mean)
         assert isinstance(like, Factors)
         reduced = reduce_rows(target.weight)
         if reduced.rotation is None:
@@ -200,7 +210,7 @@ def linear(problem: Problem, start: AnyFactors, damping: float, metric: float = 
     assert problem.response is not None
     assert not isinstance(start, ElementFactors)
     target = pull(problem, damping).target(centred_cross(problem, problem.response))
-    form = Form(problem, isinstance(start, SpatialFactors), metric)
+    form = Form(problem, start, metric)
     return Tried(damping, _error(problem, form.fit(target, start, problem.response.mean, steps=False)))
 
 
@@ -219,7 +229,6 @@ def finish(
     behind = rounds if problem.activation != LINEAR else ()
     pulled = pull(problem, _least(pulls, bool(behind)))
     target = pulled.target(centred_cross(problem, problem.response))
-    spatial = isinstance(start, SpatialFactors)
 
     def fitted(form: Form, steps: bool) -> float:
         nonlocal best
@@ -228,9 +237,9 @@ def finish(
         best = min(best, found, key=_by_error)
         return found.error
 
-    errors = [Tried(mu, fitted(Form(problem, spatial, mu), steps=False)) for mu in metrics]
-    form = Form(problem, spatial, _least(errors, bool(behind)))
-    if spatial:
+    errors = [Tried(mu, fitted(Form(problem, start, mu), steps=False)) for mu in metrics]
+    form = Form(problem, start, _least(errors, bool(behind)))
+    if isinstance(start, SpatialFactors):
         fitted(form, steps=True)
     linearly = best.error
     if behind:

@@ -28,6 +28,8 @@ from onnx_lrs.solvers.problem import (
     judged,
     objective,
 )
+from onnx_lrs.solvers.projected import FORM as PROJECTED
+from onnx_lrs.solvers.projected import fit_projected, projected_candidates
 from onnx_lrs.solvers.spatial import FORM, fit_spatial, spatial_candidates
 from onnx_lrs.solvers.spectral import (
     DAMPING,
@@ -87,14 +89,15 @@ def channels(problem: Problem, multiple: int, damping: float) -> Family:
 def lrs(problem: Problem, multiple: int, damping: float) -> Family:
     """Low rank and kept channels together; contains all of hsvd and all of ``channels``, so it is never worse.
 
-    For k x k kernels the spatial form is offered as well.
+    For k x k kernels the spatial and the projected form are offered as well.
     """
     target, metric = reduce_rows(problem.weight).target, damped(problem, damping)
     order = importance(target, metric, problem.taps)
     ranked = [0, *kept_counts(problem.channels, len(target), multiple)]
     plain = sorted(set(range(multiple, problem.channels, multiple)) - set(ranked))
     curves = prefix_curves(problem, target, metric, order, (ranked, plain))
-    return Family(curves, damping, spatial_candidates(problem, multiple, damping))
+    others = spatial_candidates(problem, multiple, damping) + projected_candidates(problem, multiple, damping)
+    return Family(curves, damping, others)
 
 
 def svd(problem: Problem, multiple: int, damping: float) -> Family:
@@ -269,6 +272,8 @@ def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
     """Solve for a candidate's form and rank; ``settings.steps`` bounds how often the support is chosen again."""
     if chosen.form == FORM:
         return finished(problem, *fit_spatial(problem, chosen.rank, chosen.damping))
+    if chosen.form == PROJECTED:
+        return finished(problem, *fit_projected(problem, chosen.rank, chosen.damping))
     return finished(problem, *refit(problem, chosen, ROUNDS if settings.steps is None else settings.steps))
 
 

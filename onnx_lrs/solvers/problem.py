@@ -295,6 +295,14 @@ class SpatialFactors:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProjectedFactors(SpatialFactors):
+    """A k x k kernel as 1 x 1 followed by k x k: the spatial form of a kernel that is read as 1 x k^2.
+
+    Shapes: left (out, rank, taps), right (rank, channels, 1), bias_shift (out,), float64.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class ElementFactors:
     """``W ~ left @ right + S`` with single entries in S: a smaller file at the speed of the dense layer.
 

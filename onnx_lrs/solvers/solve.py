@@ -23,10 +23,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def curve(problem: Problem, method: str, multiple: int, settings: Settings | None = None) -> list[Candidate]:
+def curve(
+    problem: Problem, method: str, multiple: int, settings: Settings | None = None, each_form: bool = False
+) -> list[Candidate]:
     """Return the candidates of ``method`` that no other one beats in both parameters and loss, by rising parameters.
 
-    Empty if the problem holds values that are not finite.
+    With ``each_form`` that no other one of the same form and number of kept channels beats: what takes fewer parameters
+    may take longer. Empty if the problem holds values that are not finite.
     """
     if not problem.finite:
         return []
@@ -34,7 +37,12 @@ def curve(problem: Problem, method: str, multiple: int, settings: Settings | Non
         found = METHODS[method].candidates(problem, multiple, settings or Settings())
     except np.linalg.LinAlgError:
         found = METHODS[method].candidates(definite(problem), multiple, settings or Settings())
-    return undominated(found)
+    if not each_form:
+        return undominated(found)
+    groups: dict[tuple[str, int], list[Candidate]] = {}
+    for candidate in found:
+        groups.setdefault((candidate.form, len(candidate.support) if candidate.rank else 0), []).append(candidate)
+    return sorted((c for group in groups.values() for c in undominated(group)), key=lambda c: (c.params, c.loss))
 
 
 def undominated(found: list[Candidate]) -> list[Candidate]:

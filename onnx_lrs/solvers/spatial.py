@@ -34,8 +34,11 @@ def applies(problem: Problem) -> bool:
 
 def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[Candidate]:
     """Return spatial factorisations of a few ranks with J as their loss; empty if the form does not apply."""
-    if not applies(problem):
-        return []
+    return two_step_candidates(problem, multiple, damping, FORM) if applies(problem) else []
+
+
+def two_step_candidates(problem: Problem, multiple: int, damping: float, form: str) -> list[Candidate]:
+    """Return factorisations kh x 1 -> 1 x kw of a few ranks under the name of a form, with J as their loss."""
     assert problem.kernel is not None
     kh, kw = problem.kernel
     cost = problem.channels * kh + problem.out * kw
@@ -52,7 +55,7 @@ def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[
         left = regression.left(rank)
         difference = problem.weight - SpatialFactors(left, basis[:rank], np.zeros(0)).dense()
         loss = float(np.vdot(difference if judge is None else difference @ judge, difference))
-        found.append(Candidate(FORM, rank, rank * cost, loss, none, damping))
+        found.append(Candidate(form, rank, rank * cost, loss, none, damping))
     return found
 
 

@@ -1,0 +1,318 @@
+"""From what was asked for to fitted layers: statistics, curves, the plan and how it is found, the fit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from onnx_lrs.calibration.capture import Capture, Roles, Setting, groups, steps
+from onnx_lrs.calibration.shelf import Shelf
+from onnx_lrs.calibration.store import Store
+from onnx_lrs.calibration.subject import Material, Subject
+from onnx_lrs.config import Budget
+from onnx_lrs.errors import BudgetError
+from onnx_lrs.graph import model as models
+from onnx_lrs.graph.layers import Layer
+from onnx_lrs.graph.rewrite import rewrite
+from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
+from onnx_lrs.planning.fitting import Fitter, fit_independently
+from onnx_lrs.planning.gate import Gate
+from onnx_lrs.planning.guarantee import Promise, promise
+from onnx_lrs.planning.job import Clock, Job
+from onnx_lrs.planning.plan import PLAN, error_curves, weighted
+from onnx_lrs.planning.plan_file import read_plan
+from onnx_lrs.planning.prices import Plan
+from onnx_lrs.planning.search import (
+    ROUNDS,
+    SEARCH_STEPS,
+    EndToEnd,
+    Found,
+    Planner,
+    Search,
+    calibrated,
+    stand_in,
+    within_latency,
+)
+from onnx_lrs.planning.sensitivity import sensitivities
+from onnx_lrs.planning.shop import Shop
+from onnx_lrs.planning.timing import Stopwatch, Timing
+from onnx_lrs.planning.workers import Workers
+from onnx_lrs.report.result import (
+    SearchStep,
+    Totals,
+)
+from onnx_lrs.runtime.session import Feed, is_mapped
+from onnx_lrs.runtime.table import Device, Table
+from onnx_lrs.solvers import METHODS, Settings, Status
+from onnx_lrs.solvers.problem import AnyFactors
+from onnx_lrs.work import Work
+
+SHELF_SHARE = 4  # of the memory holds statistics between plan and fit; the rest goes to disk
+CHANNEL_FORMS = ("low-rank", "channels", "low-rank + channels", "spatial", "projected")
+ELEMENT_FORMS = ("low-rank", "elements", "low-rank + elements")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What was fitted, by node, what it promises together (or why nothing), and how solves of layers left ended.
+
+    ``cascaded``: behind compressed layers, where a damping of None says that new weights were no better. ``plan`` is
+    what was carried out, None for a gain; ``timing`` what its latency was predicted with, where latency decides.
+    ``nothing`` says why a search found no plan.
+    """
+
+    fitted: dict[str, Fitted]
+    promised: Promise | str | None = None
+    left: dict[str, Status] = dataclasses.field(default_factory=dict)
+    cascaded: bool = False
+    plan: Plan | None = None
+    timing: Timing | None = None
+    steps: tuple[SearchStep, ...] = ()
+    nothing: str = ""
+    gate: Gate | None = None
+    notes: tuple[str, ...] = ()
+
+    def predicted_ms(self, before: Totals) -> float | None:
+        """Return what the whole model is predicted to take beside what the original took, where latency decides."""
+        if self.timing is None or self.plan is None:
+            return None
+        predicted = self.timing.predict_ms(self.plan)
+        if not self.timing.is_here or before.latency_ms is None:
+            return predicted  # on the other device
+        return predicted / self.timing.original_ms * before.latency_ms
+
+
+def plan_and_fit(job: Job, subject: Subject, material: Material, means: tuple[Work, Feed], clock: Clock) -> Outcome:
+    """Make a plan from the error curves of all layers, or take one, and fit it; or fit every layer to its own gain."""
+    config, (work, feed) = job.config, means
+    method = METHODS[config.method]
+    solver = Settings(structure=config.structure, steps=config.steps, seed=config.seed)
+    assert config.multiple is not None  # settled
+    bench = Bench(
+        subject.view,
+        config.method,
+        config.multiple,
+        config.memory_bytes,
+        config.threads,
+        method.needs_columns,
+        solver,
+        subject.scratch,
+    )
+    setting = Setting(
+        config.memory_bytes, config.columns, subject.batch, config.threads, config.seed, subject.dynamic_batch
+    )
+    with contextlib.ExitStack() as stack:
+        capture = shelf = None
+        if material.samples is not None and subject.layers:
+            capture = Capture(subject.folded, subject.layers, material.samples, setting, clock.timer)
+            stack.callback(capture.close)
+        if _in_cascade(job, material) or job.budget.max_drop is not None:
+            shelf = Shelf(stack.enter_context(Store(config.memory_bytes // SHELF_SHARE, one_file=True)), work)
+        workers = stack.enter_context(Workers(config.jobs or config.threads, config.threads, job.executor))
+        shop = Shop(bench, capture, setting, workers, clock.timer, shelf, work)
+        if job.budget.gain is not None:
+            return _fit_to_gain(job, subject, material, shop, clock)
+        return _fit_to_plan(job, subject, material, (shop, feed), clock)
+
+
+def _fit_to_gain(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Outcome:
+    """Fit every layer to its own error."""
+    split, gain = material.split, job.budget.gain
+    assert gain is not None
+    roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
+    if shop.capture is not None:
+        shop.capture.expect(subject.layers)
+    with clock.stage("fit", _step_count(subject.layers, roles, material, shop.setting, shop.bench.with_columns)):
+        fitted, items, left = fit_independently(subject.layers, gain, shop, roles, job.progress)
+    if not fitted:
+        why = "; ".join(sorted({status.value for status in left.values() if status is not Status.DENSE}))
+        raise BudgetError(
+            f"No layer becomes smaller with --method {job.config.method} at --gain {gain}{f': {why}' if why else ''}.",
+            "Raise the gain, or use another method.",
+        )
+    return Outcome(fitted, promise(subject, fitted, items), left)
+
+
+def _fit_to_plan(job: Job, subject: Subject, material: Material, means: tuple[Shop, Feed], clock: Clock) -> Outcome:
+    """Make a plan, or take the one that is given, and fit its layers."""
+    config, (shop, feed) = job.config, means
+    in_cascade = _in_cascade(job, material)
+    fitter = Fitter(subject, shop, material, config.fit if in_cascade else "independent")
+    if job.replays:
+        assert config.plan is not None
+        forms = ELEMENT_FORMS if config.structure == "elements" else CHANNEL_FORMS
+        outcome = Outcome({}, plan=read_plan(pathlib.Path(config.plan), subject, forms))
+        if in_cascade:
+            _collect(job, subject, material, shop, clock)
+    else:
+        outcome = _planned(job, subject, material, (shop, feed, fitter), clock)
+    plan = outcome.plan
+    assert plan is not None
+    if config.dry_run:
+        return dataclasses.replace(outcome, fitted=_stand_ins(subject, plan, material.samples is not None))
+    layers = fitter.chosen(plan)
+    split = material.split
+    roles: Roles = {} if split is None or in_cascade else {FIT: split.fit_and_select, JUDGE: split.held_out}
+    count = 2 * len(layers)
+    if not in_cascade:
+        count = _step_count(tuple(layers), roles, material, shop.setting, shop.bench.with_columns)
+    with clock.stage("fit", count):
+        fitted = fitter.full(plan, job.progress)
+    return dataclasses.replace(outcome, fitted=fitted, cascaded=in_cascade)
+
+
+def _collect(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> None:
+    """Put the statistics of all layers on the shelf: what a plan that is given is fitted from."""
+    assert material.split is not None
+    assert shop.shelf is not None
+    roles: Roles = {FIT: material.split.fit, SELECT: material.split.select}
+    with clock.stage("statistics", _step_count(subject.layers, roles, material, shop.setting, shop.bench.with_columns)):
+        for group in groups(subject.layers, len(roles), shop.setting.memory_bytes, shop.bench.with_columns):
+            known = [layer.node for layer in group if shop.shelf.has(layer.node)]
+            found = shop.captured(group, roles, job.progress, known)
+            for layer in group:
+                if layer.node in found:
+                    shop.shelf.put(layer.node, found.pop(layer.node))
+                job.progress.step(layer.name)
+
+
+def _stand_ins(subject: Subject, plan: Plan, with_mean: bool) -> dict[str, Fitted]:
+    """Return factors of a plan's shapes with random values, their errors those of the plan.
+
+    ``with_mean``: a fit to data moves the bias, so that layers without one get one.
+    """
+    found = {}
+    for layer in subject.layers:
+        c = plan.chosen.get(layer.node)
+        if c is not None:
+            shift = np.full(layer.out, float(with_mean))
+            factors = dataclasses.replace(stand_in(layer, c), bias_shift=shift)
+            found[layer.node] = Fitted(factors, math.sqrt(c.loss) if c.loss >= 0 else None)
+    return found
+
+
+def _in_cascade(job: Job, material: Material) -> bool:
+    """Return whether layers are fitted to what the compressed ones in front of them give."""
+    config = job.config
+    possible = material.samples is not None and METHODS[config.method].sees_data and job.budget.gain is None
+    return possible and config.fit != "independent"
+
+
+def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, Feed, Fitter], clock: Clock) -> Outcome:
+    """Choose a candidate for each layer: error curves, weighed by how much each layer's error moves the outputs."""
+    config, split, (shop, feed, fitter) = job.config, material.split, means
+    setting, work = shop.setting, shop.work
+    roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
+    with clock.stage("plan", _step_count(subject.layers, roles, material, setting, shop.bench.with_columns)):
+        curves, probes = error_curves(subject, shop, roles, job.progress)
+    if probes and material.samples is not None and split is not None:
+        with clock.stage("sensitivity", len(probes)):
+            batching = subject.batch, subject.dynamic_batch, config.threads
+            found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress, work)
+            curves = weighted(curves, found)
+    timing = _timing(job, subject, feed) if job.budget.is_timed else None
+    if timing is not None:
+        with clock.stage("latency", timing.count):
+            timing.prepare(curves, job.progress)
+        _keep_table(job, timing)
+    planner = Planner(subject, curves, job.budget, timing)
+    name = _plan_name(job)
+    chosen = work.get(PLAN, name)
+    if chosen is not None:
+        return Outcome({}, plan=Plan(chosen), timing=timing)
+    outcome = _chosen(job, material, planner, (fitter, feed), clock)
+    assert outcome.plan is not None
+    return dataclasses.replace(outcome, plan=Plan(work.put(PLAN, name, dict(outcome.plan.chosen))))
+
+
+def _plan_name(job: Job) -> str:
+    """Return what the plan is kept under: whatever it depends on and the layers' curves do not."""
+    config = job.config
+    table = pathlib.Path(config.latency_table) if config.latency_table is not None else None
+    known = hashlib.sha256(table.read_bytes()).hexdigest() if table is not None and table.is_file() else "measured"
+    return f"{job.budget} --batch {config.batch} --provider {config.provider} {known}"
+
+
+def _chosen(job: Job, material: Material, planner: Planner, means: tuple[Fitter, Feed], clock: Clock) -> Outcome:
+    """Return the plan for the budget: the knapsack's, corrected by the clock, or searched for by what is lost."""
+    subject, timing, budget, (fitter, feed) = planner.subject, planner.timing, job.budget, means
+    if timing is None:
+        return Outcome({}, plan=planner.plan())
+    end_to_end = None
+    if timing.is_here and not is_mapped(subject.original):
+        end_to_end = EndToEnd(subject, Stopwatch(job.config.provider, job.config.threads, feed))
+        calibrated(planner, end_to_end)
+    if budget.max_drop is not None:
+        gate = Gate(subject, material, budget.max_drop, (job.config.threads, job.config.seed), job.metric)
+
+        def build(factors: Mapping[str, AnyFactors]) -> onnx.ModelProto:
+            return rewrite(subject.view, subject.layers, factors, subject.ranks, subject.scratch).model
+
+        with clock.stage("search", SEARCH_STEPS):
+            found = Search(planner, fitter, gate, build).run(end_to_end, job.progress)
+        _refuse_if_apart(budget, found, planner, end_to_end)
+        return Outcome(
+            {}, plan=found.plan, timing=timing, steps=found.steps, nothing=found.why, gate=gate, notes=found.notes
+        )
+    assert budget.latency is not None
+    if end_to_end is None:
+        return Outcome({}, plan=planner.plan(), timing=timing)
+    with clock.stage("race", ROUNDS):
+        plan, _ = within_latency(planner, end_to_end, budget.latency, job.progress)
+    return Outcome({}, plan=plan, timing=timing)
+
+
+def _refuse_if_apart(budget: Budget, found: Found, planner: Planner, end_to_end: EndToEnd | None) -> None:
+    """Refuse a limit that is not met within what may be lost, and say how near one gets."""
+    if not budget.limits:
+        return
+    if found.why:
+        raise BudgetError(f"{budget} cannot be had together: {found.why}.", "Allow more to be lost, or more to remain.")
+    if budget.latency is None:
+        return
+    assert planner.timing is not None
+    predicted = planner.timing.predict_ms(found.plan) / planner.timing.original_ms
+    real = predicted if end_to_end is None else end_to_end.ratio(found.plan)
+    if real <= budget.latency:
+        return
+    lost = [step.drop for step in found.steps if step.predicted <= budget.latency]
+    beyond = f" Plans of --latency {budget.latency:g} and below lost {min(lost):.2%} at least." if lost else ""
+    raise BudgetError(
+        f"{budget} cannot be had together: what was found within --max-drop takes {real:.3f} of the latency.{beyond}",
+        f"Allow --latency {math.ceil(100 * real) / 100:.2f}, or more to be lost.",
+    )
+
+
+def _timing(job: Job, subject: Subject, feed: Feed) -> Timing:
+    """Return the price of latency: of this machine, or of the device whose table was given."""
+    config, digest = job.config, models.digest(job.source)
+    here = Device.here(config.provider, config.threads)
+    stopwatch = Stopwatch(config.provider, config.threads, feed)
+    place = None if config.latency_table is None else pathlib.Path(config.latency_table)
+    if place is None or not place.exists():
+        return Timing(subject, stopwatch, Table.cached(here), digest)
+    table = Table.read(place)
+    return Timing(subject, stopwatch if table.device == here else None, table, digest, feed)
+
+
+def _keep_table(job: Job, timing: Timing) -> None:
+    """Write the latencies where they were asked for."""
+    place = None if job.config.latency_table is None else pathlib.Path(job.config.latency_table)
+    if place is not None and timing.is_here:
+        timing.table.write(place)
+
+
+def _step_count(
+    layers: tuple[Layer, ...], roles: Roles, material: Material, setting: Setting, with_columns: bool
+) -> int:
+    passes = 0
+    if material.samples is not None:
+        passes = len(groups(layers, len(roles), setting.memory_bytes, with_columns))
+    return len(layers) + passes * sum(steps(items, setting) for items in roles.values())

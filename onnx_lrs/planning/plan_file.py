@@ -1,0 +1,138 @@
+"""A plan as a JSON file that a person can read, change and have carried out."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnx_lrs.calibration.subject import Subject
+from onnx_lrs.errors import ConfigError, OutputError
+from onnx_lrs.graph.layers import Layer
+from onnx_lrs.planning.prices import Plan
+from onnx_lrs.solvers import Candidate
+from onnx_lrs.work import replacing
+
+FORMAT = 1
+DENSE = "dense"
+TWO_STEP = ("spatial", "projected")
+REMEDY = "Mend the entry, or let a run write a new plan into a new file."
+
+
+def write_plan(
+    place: pathlib.Path,
+    subject: Subject,
+    plan: Plan,
+    about: Mapping[str, Any],
+    latencies: Mapping[str, tuple[float, float]],
+) -> None:
+    """Write a plan with every compressible layer, the dense ones too; ``about`` goes in front.
+
+    ``latencies`` are the milliseconds of layers dense and as planned, by node, where they were measured.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        **about,
+        "layers": [_entry(layer, plan.chosen.get(layer.node), latencies.get(layer.node)) for layer in subject.layers],
+    }
+    try:
+        with replacing(place) as file:
+            file.write(_text(content).encode())
+    except OSError as error:
+        raise OutputError(
+            f"The plan cannot be written to {place}: {error.strerror or error}.", "Choose another file."
+        ) from None
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    """Return the content as JSON with one line a layer, which is what people edit."""
+    layers = ",\n  ".join(json.dumps(entry) for entry in content["layers"])
+    head = json.dumps({k: v for k, v in content.items() if k != "layers"}, indent=1, default=str)
+    return f'{head[:-2]},\n "layers": [\n  {layers}\n ]\n}}\n'
+
+
+def _entry(layer: Layer, chosen: Candidate | None, latency: tuple[float, float] | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": layer.name, "node": layer.node, "form": DENSE}
+    if latency is not None:
+        entry["latency_ms"] = [round(ms, 4) for ms in latency]
+    if chosen is None:
+        return entry
+    entry |= {"form": chosen.form, "rank": chosen.rank, "damping": chosen.damping}
+    if chosen.elements:
+        entry["elements"] = chosen.elements
+    if len(chosen.support):
+        entry["kept_channels"] = [int(channel) for channel in chosen.support]
+    return entry
+
+
+def read_plan(place: pathlib.Path, subject: Subject, forms: Sequence[str]) -> Plan:
+    """Return the plan of a file; ``forms`` are those that the method offers.
+
+    A layer that the file does not name stays dense. Losses are not known, they are nan.
+
+    Raises
+    ------
+    ConfigError
+        If the file is no plan, names a layer that the model does not have, or asks for what a layer cannot become.
+    """
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+        entries = content["layers"]
+        if content["format"] != FORMAT or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"format {content['format']} instead of {FORMAT}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--plan {place} is no plan: {error!r}.", REMEDY) from None
+    layers = {layer.node: layer for layer in subject.layers}
+    chosen: dict[str, Candidate] = {}
+    for entry in entries:
+        layer = layers.get(str(entry.get("node", "")))
+        if layer is None:
+            raise ConfigError(
+                f"--plan {place} names {entry.get('name', entry)!r}, which is no compressible layer of this model.",
+                "A plan belongs to the model it was made for; onnx-lrs inspect MODEL lists the layers.",
+            )
+        if entry.get("form", DENSE) != DENSE:
+            chosen[layer.node] = _candidate(place, layer, entry, forms)
+    return Plan(chosen)
+
+
+def _candidate(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], forms: Sequence[str]) -> Candidate:
+    def refuse(field: str, limit: str) -> ConfigError:
+        return ConfigError(f"--plan {place}, layer {layer.name!r}: {field} is {entry.get(field)!r}; {limit}.", REMEDY)
+
+    form, rank, elements = entry["form"], entry.get("rank", 0), entry.get("elements", 0)
+    if form not in forms:
+        raise refuse("form", f"it is one of {', '.join((DENSE, *forms))}")
+    kernel = layer.geometry.kernel
+    if form in TWO_STEP and (layer.op != "Conv" or len(kernel) != 2 or set(layer.geometry.strides) != {1}):
+        raise refuse("form", "only 2-D convolutions with a stride of 1 are taken apart like this")
+    if form in TWO_STEP and (min(kernel) < 2 if form == "spatial" else layer.taps < 2):
+        raise refuse("form", "this layer has no k x k kernel to take apart")
+    most, cost = min(layer.out, layer.d), layer.out + layer.d
+    if form in TWO_STEP:
+        height, width = kernel if form == "spatial" else (1, layer.taps)
+        most, cost = min(layer.channels * height, layer.out * width), layer.channels * height + layer.out * width
+    ranked = form not in ("channels", "elements")
+    if not isinstance(rank, int) or not ranked <= rank <= most * ranked:
+        raise refuse("rank", f"it is a whole number from 1 to {most}, 0 for channels or elements alone")
+    kept = entry.get("kept_channels", [])
+    whole = isinstance(kept, list) and all(isinstance(k, int) and 0 <= k < layer.channels for k in kept)
+    if not whole or len(set(kept)) != len(kept) or ("channels" in form) != bool(kept):
+        raise refuse("kept_channels", f"it lists different channels from 0 to {layer.channels - 1} where some are kept")
+    if not isinstance(elements, int) or ("elements" in form) != bool(elements) or not 0 <= elements <= layer.params:
+        raise refuse("elements", f"it is a whole number up to {layer.params} where single entries are kept")
+    damping = entry.get("damping")
+    if damping is not None and not (isinstance(damping, int | float) and 0 <= damping < math.inf):
+        raise refuse("damping", "it is a number from 0 up, or left out")
+    params = rank * cost + len(kept) * layer.taps * layer.out + elements
+    support = np.array(kept, np.int64)
+    return Candidate(form, rank, params, math.nan, support, math.nan if damping is None else damping, elements)

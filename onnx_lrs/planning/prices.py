@@ -1,0 +1,184 @@
+"""What a candidate of a layer costs under each kind of limit: parameters, multiply-accumulates, bytes, nanoseconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from onnx_lrs.calibration.subject import Subject
+from onnx_lrs.graph.forms import GEMM_C_OPTIONAL
+from onnx_lrs.graph.layers import Layer, read_elsewhere
+from onnx_lrs.graph.model import sparse_bytes, stored_bytes, weight_count
+from onnx_lrs.graph.rewrite import alive_outputs
+from onnx_lrs.solvers import Candidate
+from onnx_lrs.solvers.projected import FORM as PROJECTED
+from onnx_lrs.solvers.spatial import FORM
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+NODE_BYTES = 400  # of a node and the names around it, more than any that was seen
+FLOAT_BYTES = 4
+Alive = Mapping[str, "NDArray[np.int64]"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The candidate chosen for each layer that is compressed, by node; the others stay dense."""
+
+    chosen: Mapping[str, Candidate]
+
+
+class Price(Protocol):
+    """One kind of limit, in integers.
+
+    ``before`` is the original's cost and ``now`` that of the model with exact rewrites done.
+    """
+
+    before: int
+    now: int
+
+    def dense(self, layer: Layer) -> int:
+        """Return what the layer costs as it is."""
+
+    def of(self, layer: Layer, candidate: Candidate) -> int:
+        """Return what the layer costs with a candidate in its place."""
+
+    def saved(self, plan: Plan, alive: Alive) -> int:
+        """Return what a plan costs less than the sum of its layers, as filters that nobody reads go."""
+
+
+def alive_after(subject: Subject, plan: Plan) -> Alive:
+    """Return the filters still read, for each layer that loses some."""
+    reads = {node: np.sort(c.support) for node, c in plan.chosen.items() if c.form == "channels"}
+    return alive_outputs(subject.view, subject.layers, reads)[0]
+
+
+class Params:
+    """Parameters, biases included."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self.before = subject.params
+        self.now = weight_count(subject.folded)
+
+    def dense(self, layer: Layer) -> int:
+        """Return the weights of the layer."""
+        return layer.params
+
+    def of(self, layer: Layer, candidate: Candidate) -> int:
+        """Return the weights of the candidate and what its bias takes more."""
+        return candidate.params + new_bias(self._subject, layer)
+
+    def saved(self, plan: Plan, alive: Alive) -> int:
+        """Return the rows of weights that go, and their biases."""
+        total = 0
+        for layer, rows in _narrower(self._subject, alive):
+            has_bias = layer.bias is not None or (layer.affine and layer.node in plan.chosen)
+            total += rows * (row_params(layer, plan.chosen.get(layer.node)) + has_bias)
+            if layer.node not in plan.chosen and shares_bias(self._subject, layer):
+                total -= layer.out  # the shorter bias is a new one beside the old
+        return total
+
+
+class Macs:
+    """Multiply-accumulates of one run."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self.before = self.now = sum(subject.macs.values())
+
+    def dense(self, layer: Layer) -> int:
+        """Return the layer's multiply-accumulates."""
+        return self._subject.macs[layer.node]
+
+    def of(self, layer: Layer, candidate: Candidate) -> int:
+        """Return the candidate's multiply-accumulates."""
+        return macs_of(self._subject, layer, candidate.form, candidate.rank, candidate.params)
+
+    def saved(self, plan: Plan, alive: Alive) -> int:
+        """Return what the rows that go would have cost."""
+        macs = self._subject.macs
+        return sum(
+            rows * row_params(layer, plan.chosen.get(layer.node)) * (macs[layer.node] // layer.params)
+            for layer, rows in _narrower(self._subject, alive)
+        )
+
+
+class Size:
+    """Bytes of the file, external data included; the names of new nodes are estimated from above."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._params = Params(subject)
+        self.before = subject.file_bytes
+        self.now = stored_bytes(subject.folded)
+
+    def dense(self, layer: Layer) -> int:
+        """Return the bytes of the layer's weights."""
+        return FLOAT_BYTES * layer.params
+
+    def of(self, layer: Layer, candidate: Candidate) -> int:
+        """Return the bytes of the candidate's weights, of its new nodes and its index of channels."""
+        values = self._params.of(layer, candidate)
+        stored = FLOAT_BYTES * (values - candidate.elements) + 8 * len(candidate.support)
+        if candidate.elements:
+            stored += sparse_bytes(candidate.elements, layer.params)
+        nodes = 1 + bool(candidate.rank) + 2 * bool(len(candidate.support)) + 2 * bool(candidate.elements)
+        return stored + nodes * (NODE_BYTES + 6 * len(layer.name))
+
+    def saved(self, plan: Plan, alive: Alive) -> int:
+        """Return the bytes of the rows that go."""
+        return FLOAT_BYTES * self._params.saved(plan, alive)
+
+
+def _narrower(subject: Subject, alive: Alive) -> list[tuple[Layer, int]]:
+    """Return the layers that lose filters, and how many."""
+    return [(layer, layer.out - len(alive[layer.node])) for layer in subject.layers if layer.node in alive]
+
+
+def new_bias(subject: Subject, layer: Layer) -> int:
+    """Return how many values the bias of a rewritten layer takes more than before."""
+    added = layer.out if layer.affine and (layer.bias is None or shares_bias(subject, layer)) else 0
+    if layer.op == "Gemm" and subject.view.opset < GEMM_C_OPTIONAL:
+        added += 2  # a zero for the C of each Gemm that has no bias
+    return added
+
+
+def shares_bias(subject: Subject, layer: Layer) -> bool:
+    """Return whether others read a layer's bias too, so that it stays where the layer gets a new one."""
+    return layer.bias is not None and read_elsewhere(subject.view, layer.bias) is not None
+
+
+def row_params(layer: Layer, chosen: Candidate | None) -> int:
+    """Return the weights that go with one output of the layer."""
+    if chosen is None:
+        return layer.d
+    if chosen.form == FORM:
+        return chosen.rank * layer.geometry.kernel[1]
+    if chosen.form == PROJECTED:
+        return chosen.rank * layer.taps
+    return chosen.rank + len(chosen.support) * layer.taps  # which rows single entries lie in is not known yet
+
+
+def macs_of(subject: Subject, layer: Layer, form: str, rank: int, params: int) -> int:
+    """Return the multiply-accumulates of a layer in a given form with that many weights.
+
+    Every form works at the output's positions, but for what comes first in two of them: the k x 1 part of the spatial
+    one keeps the input's width, the 1 x 1 part of the projected one works at the input's positions.
+    """
+    positions = subject.macs[layer.node] // layer.params
+    if form.endswith("elements"):  # run as the dense layer they are folded to
+        return subject.macs[layer.node]
+    if form == PROJECTED:
+        projection, read = rank * layer.channels, math.prod(subject.shapes[layer.input]) // layer.channels
+        return projection * read + (params - projection) * positions
+    if form != FORM:
+        return params * positions
+    vertical = rank * layer.channels * layer.geometry.kernel[0]
+    rows = positions // subject.shapes[layer.node][3]
+    return vertical * rows * subject.shapes[layer.input][3] + (params - vertical) * positions

@@ -1,0 +1,325 @@
+"""Find the plan: within a measured latency, or as fast as it gets within what may be lost.
+
+Latency does not depend on the values of weights. So plans are put into the real network with random factors and timed
+against the original before anything is fitted: the limit is corrected by what the whole network really takes, and
+layers that do not make it faster are taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from onnx_lrs.calibration.subject import Subject
+from onnx_lrs.config import Budget
+from onnx_lrs.errors import BudgetError
+from onnx_lrs.graph.layers import Layer
+from onnx_lrs.graph.rewrite import rewrite
+from onnx_lrs.graph.small import Shape, random_elements, random_factors
+from onnx_lrs.planning.fitting import Fitter
+from onnx_lrs.planning.gate import Drop, Gate
+from onnx_lrs.planning.plan import Limit, limits_of, make_plan
+from onnx_lrs.planning.prices import Plan, alive_after
+from onnx_lrs.planning.timing import Stopwatch, Timing
+from onnx_lrs.progress import Progress, Silent
+from onnx_lrs.report.result import SearchStep
+from onnx_lrs.runtime.latency import fast_quarter, times_in_turn
+from onnx_lrs.runtime.session import Session
+from onnx_lrs.solvers import Candidate
+from onnx_lrs.solvers.problem import AnyFactors
+
+REFINEMENTS = 4  # of a plan by measuring what it picked
+ROUNDS = 4  # of correcting the limit by what the whole network takes
+CALIBRATIONS = 2  # of what layers take by what the whole network takes
+CLOSE = 0.97  # of the limit: what a plan leaves of it is not worth another round
+SECONDS = 2.0  # of timing a plan against the original
+LAYER_SECONDS = 0.8  # of timing it against itself without one of its layers
+CLEAR = 0.08  # of the original's latency: a layer that is predicted to save more pays without another look
+ENOUGH = 6  # layers in a row that pay: the others are predicted to pay more
+STEPS = 6  # of the bisection; the last halves an interval of 3 % of the latency
+CASCADES = 3  # plans that are fitted in full
+SEARCH_STEPS = STEPS + CASCADES  # at least
+TIGHTER = 0.85  # of the latency that layers fitted alone allow: the next to be tried in the cascade
+
+
+class EndToEnd:
+    """The original and plans of it, timed in turn with random weights."""
+
+    def __init__(self, subject: Subject, stopwatch: Stopwatch) -> None:
+        self._subject, self._stopwatch = subject, stopwatch
+        self._layers = {layer.node: layer for layer in subject.layers}
+        self._proven: set[str] = set()
+
+    def assembled(self, plan: Plan) -> onnx.ModelProto:
+        """Return the network with a plan's factors, their values random."""
+        factors = {node: stand_in(self._layers[node], c) for node, c in plan.chosen.items()}
+        return rewrite(self._subject.view, self._subject.layers, factors, self._subject.ranks).model
+
+    def ratio(self, plan: Plan) -> float:
+        """Return the plan's latency as a fraction of the original's."""
+        return self._against(self._subject.original, self.assembled(plan), SECONDS)
+
+    def _against(self, one: onnx.ModelProto, other: onnx.ModelProto, seconds: float) -> float:
+        watch = self._stopwatch
+        with contextlib.ExitStack() as stack:
+            sessions = [
+                stack.enter_context(Session(model, watch.threads, provider=watch.provider)) for model in (one, other)
+            ]
+            first, second = fast_quarter(times_in_turn(sessions, [watch.feed] * 2, seconds))
+        return float(second / first)
+
+    def _is_idle(self, plan: Plan, trial: Plan) -> bool:
+        """Return whether a plan is no slower without a layer; noise has to say so twice."""
+        models = self.assembled(plan), self.assembled(trial)
+        return all(self._against(*models, LAYER_SECONDS) <= 1 for _ in range(2))
+
+    def without_idle(self, plan: Plan, timing: Timing, progress: Progress) -> Plan:
+        """Return a plan without the layers that do not make the network faster, the most doubtful asked first."""
+        alive = alive_after(self._subject, plan)
+        gains = {node: timing.gain_ns(self._layers[node], plan, alive) for node in plan.chosen}
+        clear, paying, current = -CLEAR * timing.before, 0, plan
+        for node in sorted(plan.chosen, key=lambda n: -gains[n]):
+            if gains[node] < clear or paying == ENOUGH:
+                break
+            if node in self._proven:
+                continue
+            trial = Plan({n: c for n, c in current.chosen.items() if n != node})
+            if gains[node] >= 0 or self._is_idle(current, trial):
+                current, paying = trial, 0
+            else:
+                self._proven.add(node)
+                paying += 1
+            progress.step(self._layers[node].name)
+        return current
+
+
+def stand_in(layer: Layer, candidate: Candidate) -> AnyFactors:
+    """Return factors of a candidate's shape with random values."""
+    shape = Shape(candidate.form, candidate.rank, len(candidate.support))
+    if candidate.elements:
+        return random_elements(layer, candidate.rank, candidate.elements)
+    return random_factors(layer, shape, np.sort(candidate.support))
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Makes plans of one model from its layers' curves; ``timing`` is None where latency plays no part."""
+
+    subject: Subject
+    curves: Mapping[str, Sequence[Candidate]]
+    budget: Budget
+    timing: Timing | None = None
+
+    def plan(self, latency: float | None = None, dense: frozenset[str] = frozenset()) -> Plan:
+        """Return the plan of least loss within the budget, its latency limit replaced by a given one.
+
+        Raises
+        ------
+        BudgetError
+            If nothing keeps to it.
+        """
+        fractions = self.budget.limits if latency is None else self.budget.limits | {"latency": min(latency, 1.0)}
+        limits: Sequence[Limit] = limits_of(self.subject, fractions, self.timing)
+        plan = make_plan(self.subject, self.curves, limits, dense)
+        for _ in range(REFINEMENTS if self.timing is not None else 0):
+            if not self.timing.refine(plan):  # type: ignore[union-attr]
+                break
+            plan = make_plan(self.subject, self.curves, limits, dense)
+        return plan
+
+    @property
+    def has_other_limits(self) -> bool:
+        """Whether more than latency counts, so that a layer which is no faster may still be of use."""
+        return bool(self.budget.limits.keys() - {"latency"})
+
+    def floor(self) -> float:
+        """Return the least fraction of the latency that any plan is predicted to reach."""
+        assert self.timing is not None
+        least = 0
+        for layer in self.subject.layers:
+            found = [self.timing.of(layer, c) for c in self.curves[layer.node]]
+            dense = self.timing.dense(layer)
+            least += min(found, default=dense) - dense if min(found, default=dense) < dense else 0
+        return max((self.timing.now + least) / self.timing.before, 0.0)
+
+
+def calibrated(planner: Planner, end_to_end: EndToEnd) -> None:
+    """Let the whole network say what a plan of half of the possible gain takes."""
+    assert planner.timing is not None
+    for _ in range(CALIBRATIONS):
+        try:
+            plan = planner.plan((1.0 + planner.floor()) / 2)
+        except BudgetError:  # other limits cannot be kept; who asks for the plan will say so
+            return
+        if not plan.chosen:
+            return
+        planner.timing.calibrate(plan, end_to_end.ratio(plan))
+
+
+def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progress: Progress) -> tuple[Plan, float]:
+    """Return the plan of least loss whose measured latency keeps to a fraction of the original's, and that fraction.
+
+    Raises
+    ------
+    BudgetError
+        If no plan does; names the nearest that was measured.
+    """
+    assert planner.timing is not None
+    given, dense = wanted, frozenset[str]()
+    best: tuple[Plan, float] | None = None
+    nearest = np.inf
+    for _ in range(ROUNDS):
+        try:
+            plan = planner.plan(given, dense)
+        except BudgetError:
+            if best is None and not np.isfinite(nearest):
+                raise
+            break
+        kept = plan if planner.has_other_limits else end_to_end.without_idle(plan, planner.timing, Silent())
+        dense |= plan.chosen.keys() - kept.chosen.keys()
+        real = end_to_end.ratio(kept) if kept.chosen else 1.0
+        progress.step(f"{real:.3f} of the latency")
+        nearest = min(nearest, real)
+        if real <= wanted:
+            best = kept, real
+            if real >= CLOSE * wanted:
+                break
+        given = min(given * wanted / real * (1.0 if real <= wanted else 0.99), 1.0)
+    if best is None:
+        raise BudgetError(
+            f"--latency {wanted:g} was not reached: the fastest plan tried takes {nearest:.3f} of the original's.",
+            f"Allow at least --latency {np.ceil(100 * nearest) / 100:.2f}.",
+        )
+    return best
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Where a search ended: the plan, every step, why there is no plan, and what the user should know."""
+
+    plan: Plan
+    steps: tuple[SearchStep, ...]
+    why: str = ""
+    notes: tuple[str, ...] = ()
+
+
+Build = Callable[[Mapping[str, AnyFactors]], onnx.ModelProto]
+
+
+class Search:
+    """The fastest plan that passes a gate; ``build`` puts factors into the graph."""
+
+    def __init__(self, planner: Planner, fitter: Fitter, gate: Gate, build: Build) -> None:
+        self._planner, self._fitter, self._gate, self._build = planner, fitter, gate, build
+        self._dense: frozenset[str] = frozenset()
+        self._top = planner.budget.latency or 1.0
+        self.steps: list[SearchStep] = []
+
+    def run(self, end_to_end: EndToEnd | None, progress: Progress) -> Found:
+        """Return the fastest plan found; one without layers says why in ``why``.
+
+        Raises
+        ------
+        BudgetError
+            If the other limits cannot be kept.
+        """
+        planner, timing, floor = self._planner, self._planner.timing, self._planner.floor()
+        if planner.budget.limits:
+            planner.plan(self._top)
+        low, high, found = floor, self._top, False
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            if self._try(middle, False, progress):
+                high, found = middle, True
+            else:
+                low = middle
+        if not found and not (planner.budget.limits and self._try(self._top, False, progress)):
+            return self._nothing()
+        plan = self._plan(high)
+        if end_to_end is not None and timing is not None and plan is not None and not planner.has_other_limits:
+            kept = end_to_end.without_idle(plan, timing, Silent())
+            self._dense = frozenset(plan.chosen.keys() - kept.chosen.keys())
+        return self._confirmed(high, floor, progress)
+
+    def _confirmed(self, high: float, floor: float, progress: Progress) -> Found:
+        """Return the tightest of a few plans, fitted in full, that holds on both parts."""
+        for latency in self._to_be_tried(high, floor, progress):
+            plan = self._plan(latency)
+            if plan is None:
+                continue
+            if not plan.chosen:
+                break
+            model = self._model(plan, full=True)
+            first = self._gate.drop(model, self._gate.search)
+            second = self._gate.drop(model, self._gate.confirm)
+            held = self._gate.holds(first) and self._gate.holds(second)
+            self._note(latency, plan, second, ("confirm", held), progress)
+            if held:
+                return Found(plan, tuple(self.steps), notes=(self._said(first, second),))
+        return self._nothing()
+
+    def _to_be_tried(self, high: float, floor: float, progress: Progress) -> list[float]:
+        """Return latencies to be confirmed, the tightest first."""
+        looser = [high + share * (self._top - high) for share in (0.25, 0.5, 0.75)]
+        held: list[float] = []
+        low, at = floor, high * TIGHTER
+        for _ in range(CASCADES - 1):
+            if at <= floor:
+                break
+            if self._try(at, True, progress):
+                held.append(at)
+                at = max(at * TIGHTER, (low + at) / 2)
+            else:
+                low = at
+                at = (at + (held[-1] if held else high)) / 2
+        return [*sorted(held), high, *looser]
+
+    def _plan(self, latency: float) -> Plan | None:
+        """Return the plan for a latency; None where that is out of reach, be it by what was measured since."""
+        try:
+            return self._planner.plan(latency, self._dense)
+        except BudgetError:
+            return None
+
+    def _try(self, latency: float, full: bool, progress: Progress) -> bool:
+        plan = self._plan(latency)
+        if plan is None:
+            progress.step(f"latency {latency:.3f}: not reachable")
+            return False
+        drop = self._gate.drop(self._model(plan, full), self._gate.search)
+        held = self._gate.holds(drop)
+        self._note(latency, plan, drop, (self._fitter.fit if full else "alone", held), progress)
+        return held
+
+    def _model(self, plan: Plan, full: bool) -> onnx.ModelProto:
+        if not full:
+            return self._build(self._fitter.alone(plan, Silent()))
+        return self._build({node: f.factors for node, f in self._fitter.full(plan, Silent()).items()})
+
+    def _note(self, latency: float, plan: Plan, drop: Drop, how: tuple[str, bool], progress: Progress) -> None:
+        timing = self._planner.timing
+        assert timing is not None
+        predicted = timing.predict_ms(plan) / timing.original_ms
+        self.steps.append(SearchStep(latency, predicted, drop.value, drop.measure, *how))
+        progress.step(f"latency {latency:.3f}: {drop.measure} {drop.value:+.2%}")
+
+    def _said(self, first: Drop, second: Drop) -> str:
+        gate = self._gate
+        said = (
+            f"--max-drop {gate.limit:g}: {first.measure} lost {first.value:.2%} on the {len(gate.search)} items of the "
+            f"search, {second.value:.2%} on {len(gate.confirm)} that nothing was chosen by."
+        )
+        if first.measure in ("accuracy", "agreement") and len(gate.confirm) * gate.limit < 1:
+            said += f" One of {len(gate.confirm)} is more than the limit; more samples would let it go further."
+        return said
+
+    def _nothing(self) -> Found:
+        lost = [step.drop for step in self.steps if not step.held]
+        why = "no layer becomes faster"
+        if lost:
+            why = f"no plan keeps to --max-drop {self._gate.limit:g}; the least drop found is {min(lost):.2%}"
+        return Found(Plan({}), tuple(self.steps), why=why)

@@ -1,0 +1,362 @@
+"""What each candidate of a layer takes in ONNX Runtime: measured on a grid, interpolated, measured where it counts.
+
+A candidate's latency is that of the layer alone in a small graph (graph/small.py), relative to the dense layer's in the
+same rounds. A plan's prediction is the original model's own latency plus what each layer takes more or less,
+
+    T + s * sum_l (t_l(chosen) - t_l(dense)),
+
+s being set once so that it holds for a plan that was timed in the network (:meth:`Timing.calibrate`).
+
+First a few ranks of each form are measured and the others interpolated. What a plan then picks is measured itself
+(:meth:`Timing.refine`) and the plan made again, until nothing in it is interpolated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from onnx_lrs.calibration.subject import Subject, measure_shapes
+from onnx_lrs.config import Provider
+from onnx_lrs.errors import ConfigError
+from onnx_lrs.graph.layers import Layer, tensors_around
+from onnx_lrs.graph.rewrite import alive_outputs
+from onnx_lrs.graph.small import Shape, Small, build_small, small_of, streamer
+from onnx_lrs.planning.prices import Alive, Plan, alive_after
+from onnx_lrs.progress import Progress
+from onnx_lrs.runtime.latency import fast_quarter, times_in_turn
+from onnx_lrs.runtime.session import Feed, Session
+from onnx_lrs.runtime.table import Device, Entry, Table
+from onnx_lrs.solvers import Candidate
+
+NS_PER_MS = 1e6
+DENSE = Shape()
+POINTS = 6  # of a form that are measured before anything is chosen
+PAIRS = 3  # of rank and kept channels, to learn what the sum of both branches takes beside them
+AT_ONCE = 6  # sessions that are timed in turn, beside the dense layer's
+SECONDS = 0.25  # of one such group, at least 10 rounds
+MODEL_SECONDS = 2.0
+SCALES = (0.25, 4.0)  # by which one calibration may correct
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopwatch:
+    """Times small graphs on one provider; ``feed`` is what the whole model is timed on."""
+
+    provider: Provider
+    threads: int
+    feed: Feed
+
+    def model_ms(self, model: onnx.ModelProto) -> float:
+        """Return what the whole model takes."""
+        with Session(model, self.threads, provider=self.provider) as session:
+            return float(fast_quarter(times_in_turn([session], [self.feed], MODEL_SECONDS))[0])
+
+    def shapes_ms(self, small: Small, shapes: Sequence[Shape]) -> list[float]:
+        """Return what each shape of one layer takes, in turn with the others."""
+        with contextlib.ExitStack() as stack:
+            sessions, feeds = [], []
+            for shape in shapes:
+                model, feed = build_small(small, shape)
+                sessions.append(stack.enter_context(Session(model, self.threads, provider=self.provider)))
+                feeds.append(feed)
+            between = None
+            if small.cold_mib:
+                stream, given = streamer(small.cold_mib)
+                between = functools.partial(
+                    stack.enter_context(Session(stream, self.threads, provider=self.provider)).run, given
+                )
+            return [float(ms) for ms in fast_quarter(times_in_turn(sessions, feeds, SECONDS, between))]
+
+
+class Timing:
+    """The price of latency, in nanoseconds; see :class:`onnx_lrs.planning.prices.Price`.
+
+    Parameters
+    ----------
+    subject : Subject
+        The model.
+    stopwatch : Stopwatch, optional
+        Measures what the table lacks. None: the table is of another device, and what it lacks is an error.
+    table : Table
+        What is known already; what is measured joins it.
+    digest : str
+        The model, for its own latency in the table.
+    feed : dict of arrays, optional
+        What the model is timed on; that of the stopwatch, if there is one.
+    """
+
+    def __init__(
+        self, subject: Subject, stopwatch: Stopwatch | None, table: Table, digest: str, feed: Feed | None = None
+    ) -> None:
+        self._subject = subject
+        self._stopwatch = stopwatch
+        self._table = table
+        if feed is None:
+            feed = subject.feed if stopwatch is None else stopwatch.feed
+        shapes = measure_shapes(subject.folded, subject.view, sorted(tensors_around(subject.layers)), feed, 1)
+        self._smalls = {la.node: small_of(subject.view, la, shapes, subject.params) for la in subject.layers}
+        self._gathers = {la.node: not _frees_producer(subject, la) for la in subject.layers}
+        self._estimates: dict[tuple[str, str], float] = {}
+        self._dense_ms: dict[str, float] = {}
+        rows = max((len(value) for value in feed.values() if value.ndim), default=1)
+        self._model = f"{digest}, batch {rows}"
+        self.original_ms = 0.0
+        self.scale = 1.0
+        self.before = self.now = 0
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine is the device, so that what is missing can be measured."""
+        return self._stopwatch is not None
+
+    @property
+    def table(self) -> Table:
+        """All that is known, of other models too."""
+        return self._table
+
+    @property
+    def device(self) -> Device:
+        """What the latencies hold for."""
+        return self._table.device
+
+    @property
+    def count(self) -> int:
+        """Steps of :meth:`prepare`: different layers."""
+        return len(set(self._smalls.values())) + 1
+
+    def prepare(self, curves: Mapping[str, Sequence[Candidate]], progress: Progress) -> None:
+        """Measure the original model, its different layers, and a grid of each one's candidates.
+
+        Raises
+        ------
+        ConfigError
+            If the table of another device lacks this model or one of its layers.
+        """
+        self.original_ms = self._original_ms()
+        progress.step("model")
+        wanted: dict[Small, dict[Shape, None]] = {}
+        for layer in self._subject.layers:
+            shapes = wanted.setdefault(self._smalls[layer.node], {})
+            shapes |= dict.fromkeys(self._shape(layer, c) for c in curves[layer.node])
+        for small, shapes in wanted.items():
+            grid = _grid(list(shapes))
+            self._measure(small, grid, afresh=True)
+            self._interpolate(small, list(shapes))
+            progress.step(small.op)
+        self._table.keep()
+        self.before = self.now = round(NS_PER_MS * self.original_ms)
+
+    def _original_ms(self) -> float:
+        if self._stopwatch is not None:
+            self._table.models[self._model] = self._stopwatch.model_ms(self._subject.original)
+        if self._model not in self._table.models:
+            raise self._lacking("this model at this batch")
+        return self._table.models[self._model]
+
+    def _lacking(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"--latency-table was made on {self.device} and lacks {what}.",
+            "Make it there with the same model, --method and --batch: --dry-run --latency-table FILE (a new file).",
+        )
+
+    def _measure(self, small: Small, shapes: Iterable[Shape], afresh: bool = False) -> None:
+        """Put what is missing into the table; with ``afresh`` the dense layer is timed again in any case."""
+        entry = self._table.layers.setdefault(small.key, Entry(0.0, {}))
+        missing = [shape for shape in shapes if shape != DENSE and shape.key not in entry.ratios]
+        if self._stopwatch is None:
+            if not entry.dense_ms:
+                raise self._lacking(f"a layer of its kind ({small.op} {small.input_shape} -> {small.out})")
+            self._dense_ms[small.key] = entry.dense_ms
+            return
+        dense: list[float] = []
+        for start in range(0, max(len(missing), int(afresh)), AT_ONCE):
+            group = missing[start : start + AT_ONCE]
+            times = self._stopwatch.shapes_ms(small, [DENSE, *group])
+            dense.append(times[0])
+            entry.ratios |= {shape.key: ms / times[0] for shape, ms in zip(group, times[1:], strict=True)}
+        if afresh:
+            self._dense_ms[small.key] = entry.dense_ms = float(np.median(dense))
+
+    def _interpolate(self, small: Small, shapes: Sequence[Shape]) -> None:
+        known = self._table.layers[small.key].ratios
+        for shape, ratio in _interpolated(shapes, known).items():
+            self._estimates[small.key, shape.key] = ratio
+        for shape in shapes:
+            if shape != DENSE and shape.key not in known and (small.key, shape.key) not in self._estimates:
+                raise self._lacking(
+                    f"the form {shape.form!r} of a layer ({small.op} {small.input_shape} -> {small.out})"
+                )
+
+    def _shape(self, layer: Layer, candidate: Candidate | None, outputs: int | None = None) -> Shape:
+        if candidate is None or candidate.elements or candidate.form.endswith("elements"):
+            return Shape(outputs=outputs)
+        gathered = self._gathers[layer.node] or bool(candidate.rank)
+        return Shape(candidate.form, candidate.rank, len(candidate.support), outputs, gathered)
+
+    def _ns(self, layer: Layer, shape: Shape) -> int:
+        small = self._smalls[layer.node]
+        ratio = 1.0 if shape == DENSE else self._table.layers[small.key].ratios.get(shape.key)
+        if ratio is None:
+            ratio = self._estimates.get((small.key, shape.key))
+        if ratio is None:  # fewer outputs than any measured: in proportion
+            whole = dataclasses.replace(shape, outputs=None)
+            share = (shape.outputs or layer.out) / layer.out
+            return round(self._ns(layer, whole) * share)
+        return round(NS_PER_MS * self.scale * self._dense_ms[small.key] * ratio)
+
+    def dense(self, layer: Layer) -> int:
+        """Return what the layer takes as it is."""
+        return self._ns(layer, DENSE)
+
+    def of(self, layer: Layer, candidate: Candidate) -> int:
+        """Return what the layer takes with a candidate in its place."""
+        return self._ns(layer, self._shape(layer, candidate))
+
+    def saved(self, plan: Plan, alive: Alive) -> int:
+        """Return what a plan takes less than the sum of its layers, as filters that nobody reads go."""
+        total = 0
+        for layer in self._subject.layers:
+            candidate = plan.chosen.get(layer.node)
+            whole = self.dense(layer) if candidate is None else self.of(layer, candidate)
+            total += whole - self._ns(layer, self._in_plan(layer, plan, alive))
+        return total
+
+    def _in_plan(self, layer: Layer, plan: Plan, alive: Alive) -> Shape:
+        """Return the shape of a layer beside the others of a plan."""
+        rows = alive.get(layer.node)
+        shape = self._shape(layer, plan.chosen.get(layer.node), None if rows is None else len(rows))
+        return shape if shape != Shape(outputs=layer.out) else DENSE
+
+    def refine(self, plan: Plan, progress: Progress | None = None) -> bool:
+        """Measure what is only estimated in a plan; return whether anything was."""
+        if self._stopwatch is None:
+            return False
+        alive, found = alive_after(self._subject, plan), False
+        for layer in self._subject.layers:
+            small, shape = self._smalls[layer.node], self._in_plan(layer, plan, alive)
+            if shape != DENSE and shape.key not in self._table.layers[small.key].ratios:
+                self._measure(small, [shape])
+                found = True
+        if found:
+            self._table.keep()
+        return found
+
+    def calibrate(self, plan: Plan, real: float) -> None:
+        """Scale what layers take so that a plan's prediction is what the whole network really took.
+
+        ``real`` is a fraction of the original's latency. Layers in small graphs and in the network differ most where
+        calls take less than a millisecond.
+        """
+        saved = self.original_ms - self.predict_ms(plan)
+        really = self.original_ms * (1.0 - real)
+        if saved > 0:
+            self.scale *= float(np.clip(really / saved, *SCALES))
+
+    def predict_ms(self, plan: Plan) -> float:
+        """Return what the whole model is predicted to take."""
+        alive = alive_after(self._subject, plan)
+        return self.original_ms + sum(self.gain_ns(la, plan, alive) for la in self._subject.layers) / NS_PER_MS
+
+    def gain_ns(self, layer: Layer, plan: Plan, alive: Alive) -> int:
+        """Return what a layer takes in a plan less what it takes dense: negative where it pays."""
+        return self._ns(layer, self._in_plan(layer, plan, alive)) - self.dense(layer)
+
+    def layers_ms(self, plan: Plan) -> dict[str, tuple[float, float]]:
+        """Return each layer's latency before and in a plan, by node."""
+        alive = alive_after(self._subject, plan)
+        return {
+            la.node: (
+                self.dense(la) / NS_PER_MS,
+                self._ns(la, self._in_plan(la, plan, alive)) / NS_PER_MS,
+            )
+            for la in self._subject.layers
+        }
+
+
+def _frees_producer(subject: Subject, layer: Layer) -> bool:
+    """Return whether the channels that this layer does not keep go from their producer, so that none is gathered."""
+    few = np.arange(max(layer.channels // 2, 1), dtype=np.int64)
+    return bool(alive_outputs(subject.view, subject.layers, {layer.node: few})[0])
+
+
+def _grid(shapes: Sequence[Shape]) -> list[Shape]:
+    """Return the shapes to be measured first: of each form a few ranks, of pairs only the corners."""
+    found: list[Shape] = []
+    for form, group in _by_form(shapes):
+        if form.kept and form.rank:
+            found += _spread(sorted(group, key=lambda s: (s.rank / 64 + s.kept / 64, s.rank)), PAIRS)
+            found += [_alone(s, "low-rank") for s in _spread(_ranks(group), POINTS)]
+            found += [_alone(s, "channels") for s in _spread(_kept(group), POINTS)]
+        else:
+            found += _spread(sorted(group, key=lambda s: (s.rank, s.kept)), POINTS)
+    return list(dict.fromkeys(found))
+
+
+def _ranks(group: Sequence[Shape]) -> list[Shape]:
+    return sorted({s.rank: s for s in group}.values(), key=lambda s: s.rank)
+
+
+def _kept(group: Sequence[Shape]) -> list[Shape]:
+    return sorted({s.kept: s for s in group}.values(), key=lambda s: s.kept)
+
+
+def _spread(shapes: Sequence[Shape], count: int) -> list[Shape]:
+    """Return some shapes of a sorted list, denser at the low end."""
+    if len(shapes) <= count:
+        return list(shapes)
+    places = np.unique(np.round(np.geomspace(1, len(shapes), count)).astype(int)) - 1
+    return [shapes[int(i)] for i in places]
+
+
+def _by_form(shapes: Sequence[Shape]) -> Iterator[tuple[Shape, list[Shape]]]:
+    """Yield groups of shapes that differ in rank and kept channels only, each with one of its own."""
+    groups: dict[tuple[str, int | None, bool], list[Shape]] = {}
+    for shape in shapes:
+        if shape != DENSE:
+            groups.setdefault((shape.form, shape.outputs, shape.gathered), []).append(shape)
+    for group in groups.values():
+        yield group[0], group
+
+
+def _interpolated(shapes: Sequence[Shape], known: Mapping[str, float]) -> dict[Shape, float]:
+    """Return the ratios of the shapes that were not measured, from those of their form that were.
+
+    Straight lines between the measured ones. Where there are both a low-rank part and kept channels: the sum of both
+    alone, and what pairs took beyond that in the median; never less than the longer of both.
+    """
+    found: dict[Shape, float] = {}
+    for form, group in _by_form(shapes):
+        if not (form.kept and form.rank):
+            found |= _on_lines(group, known)
+            continue
+        low, kept = [_alone(s, "low-rank") for s in group], [_alone(s, "channels") for s in group]
+        parts = _on_lines(low, known, every=True) | _on_lines(kept, known, every=True)
+        ends = [(s, a, b) for s, a, b in zip(group, low, kept, strict=True) if a in parts and b in parts]
+        sums = {s: parts[a] + parts[b] for s, a, b in ends}
+        least = {s: max(parts[a], parts[b]) for s, a, b in ends}
+        more = [known[s.key] - total for s, total in sums.items() if s.key in known]
+        extra = float(np.median(more)) if more else 0.0
+        found |= {s: max(total + extra, least[s]) for s, total in sums.items() if s.key not in known}
+    return found
+
+
+def _alone(shape: Shape, form: str) -> Shape:
+    """Return one branch of a pair of them."""
+    if form == "low-rank":
+        return dataclasses.replace(shape, form=form, kept=0)
+    return dataclasses.replace(shape, form=form, rank=0)
+
+
+def _on_lines(group: Sequence[Shape], known: Mapping[str, float], every: bool = False) -> dict[Shape, float]:
+    """Return the ratios of one form along its rank or its kept channels; with ``every`` those of measured ones too."""
+    points = sorted({(s.rank + s.kept, known[s.key]) for s in group if s.key in known})
+    if not points:
+        return {}
+    places, ratios = zip(*points, strict=True)
+    return {s: float(np.interp(s.rank + s.kept, places, ratios)) for s in group if every or s.key not in known}
