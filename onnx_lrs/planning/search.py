@@ -36,7 +36,8 @@ REFINEMENTS = 4  # of a plan by measuring what it picked
 ROUNDS = 4  # of correcting the limit by what the whole network takes
 CALIBRATIONS = 2  # of what layers take by what the whole network takes
 CLOSE = 0.97  # of the limit: what a plan leaves of it is not worth another round
-SECONDS = 2.0  # of timing a plan against the original
+SECONDS = 3.0  # of timing a plan against the original
+WINDOWS = 5  # of time in which two models are held against each other
 LAYER_SECONDS = 0.8  # of timing it against itself without one of its layers
 CLEAR = 0.08  # of the original's latency: a layer that is predicted to save more pays without another look
 ENOUGH = 6  # layers in a row that pay: the others are predicted to pay more
@@ -64,13 +65,18 @@ class EndToEnd:
         return self._against(self._subject.original, self.assembled(plan), SECONDS)
 
     def _against(self, one: onnx.ModelProto, other: onnx.ModelProto, seconds: float) -> float:
+        """Return the second model's latency as a fraction of the first's: the median over a few windows of time.
+
+        On a busy machine other work may slow one model for a second or two and not the other.
+        """
         watch = self._stopwatch
         with contextlib.ExitStack() as stack:
-            sessions = [
-                stack.enter_context(Session(model, watch.threads, provider=watch.provider)) for model in (one, other)
+            opened = (Session(model, watch.threads, provider=watch.provider) for model in (one, other))
+            sessions = [stack.enter_context(session) for session in opened]
+            windows = [
+                fast_quarter(times_in_turn(sessions, [watch.feed] * 2, seconds / WINDOWS)) for _ in range(WINDOWS)
             ]
-            first, second = fast_quarter(times_in_turn(sessions, [watch.feed] * 2, seconds))
-        return float(second / first)
+        return float(np.median([second / first for first, second in windows]))
 
     def _is_idle(self, plan: Plan, trial: Plan) -> bool:
         """Return whether a plan is no slower without a layer; noise has to say so twice."""
