@@ -378,10 +378,15 @@ OTHER = {
 }
 
 
-def test_the_key_changes_with_every_setting_but_the_folder():
+PLANNING = {"budget", "batch", "provider", "latency_table", "plan"}  # choose among the same curves
+
+
+def test_the_key_changes_with_every_setting_that_curves_and_fits_depend_on():
     assert {field.name for field in dataclasses.fields(Config)} - {"work", "jobs", "dry_run"} == set(OTHER)
-    keys = {key_of(), *(key_of(**{name: value}) for name, value in OTHER.items())}
-    assert len(keys) == 1 + len(OTHER)
+    fitting = set(OTHER) - PLANNING
+    keys = {key_of(), *(key_of(**{name: OTHER[name]}) for name in fitting)}
+    assert len(keys) == 1 + len(fitting)
+    assert {key_of(**{name: OTHER[name]}) for name in PLANNING} == {key_of()}
 
 
 def test_the_key_changes_with_a_weight(tmp_path):
@@ -679,3 +684,19 @@ def test_a_full_disk_is_named_and_loses_no_finished_layer(home, tmp_path):
     assert [path for path in work.rglob("*") if path.suffix == ".tmp"] == []
     assert len([*work.glob("*/curve-c2-*.part")]) == 1
     finish(home, work, flags, killed=True)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "more"),
+    [
+        ([Budget(params=0.6), Budget(params=0.3)], {}),
+        ([Budget(params=0.6), Budget(params=0.3)], {"fit": "independent"}),
+        ([Budget(gain=0.3), Budget(gain=0.6)], {"method": "nettrim", "steps": 300}),
+    ],
+    ids=["cascade", "independent", "gain"],
+)
+def test_one_folder_serves_several_budgets(budgets, more, tmp_path):
+    """What is kept belongs to layers; the plan that was made for one budget must not be taken for another's."""
+    for budget in budgets:
+        case = Case(nets.two_inputs(), nets.pairs(), more | {"budget": budget})
+        assert compressed(case, tmp_path) == compressed(case, None)
