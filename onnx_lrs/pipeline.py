@@ -88,7 +88,7 @@ def compress(job: Job) -> Result:
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks, scratch)
         verdict = _judge(job, subject, material, (rewritten.model, outcome, feed), clock)
         if verdict.unchanged:
-            outcome = dataclasses.replace(outcome, fitted={}, promised=None)
+            outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=())
             rewritten = Rewritten(original, {})
         layers = layer_results(subject, rewritten, outcome, known=material.samples is not None)
         after = _write(job, rewritten.model, verdict.after, bool(outside), clock)

@@ -400,7 +400,7 @@ def largest_entries(job, subject, *_):
 
 @pytest.fixture
 def whole_way(monkeypatch):
-    monkeypatch.setattr(pipeline, "_plan_and_fit", lambda *given: Outcome(largest_entries(*given)))
+    monkeypatch.setattr(pipeline, "plan_and_fit", lambda *given: Outcome(largest_entries(*given)))
 
     def run_it(model, output=None, **changes):
         return onnx_lrs.compress(model, output, config=onnx_lrs.Config(threads=1, **changes))
@@ -440,7 +440,7 @@ def test_the_report_counts_the_rows_that_are_left(monkeypatch):
     nodes = [node("Conv", ["x", "w"], ["c"], name="first"), node("Conv", ["c", "v"], ["y"], name="second")]
     model = make(nodes, {"x": (1, CHANNELS, 12, 12)}, ["y"], constants)
     found = {"c": Fitted(first, 0.5), "y": Fitted(keeping(second, kept, 9), 0.5)}
-    monkeypatch.setattr(pipeline, "_plan_and_fit", lambda *_: Outcome(found))
+    monkeypatch.setattr(pipeline, "plan_and_fit", lambda *_: Outcome(found))
     result = onnx_lrs.compress(model, config=onnx_lrs.Config(threads=1))
     left = first.sparse[list(kept)].nnz
     assert (result.layers[0].kept_outputs, result.layers[0].elements) == (3, left)

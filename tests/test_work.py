@@ -615,7 +615,7 @@ def test_a_killed_run_continues_and_writes_the_same_bytes(home, tmp_path, patter
 def finish(home: Path, work: Path, flags: tuple[str, ...], killed: bool) -> None:
     """Run a killed command again."""
     output = Path(flags[1])
-    assert output.exists() != killed
+    assert killed or output.exists()  # the kill may come when all is written
     before = len([*work.glob("*/*.part")])
     with run(home, *flags) as process:
         _, told = process.communicate()

@@ -61,7 +61,15 @@ SCATTER = 1.0  # standard deviation of a layer's level around the plan's, in nat
 HALVINGS = 6  # of the range of levels, to find the ends
 ENOUGH = 0.8  # the correlation that is asked for
 TAKEN = ("output", "params", "macs", "gain", "fit", "json", "random_data", "work")  # flags without a use here
-OTHERS = ("budget", "fit", "work")  # fields of Config that decide nothing here
+OTHERS = (
+    "budget",
+    "fit",
+    "work",
+    "plan",
+    "dry_run",
+    "latency_table",
+    "provider",
+)  # fields of Config that decide nothing here
 LOSS, SENSITIVITY, OWN = range(3)  # of a layer in a record
 Values = NDArray[np.float64]
 Choice = dict[str, int]  # the rung of each layer that is compressed

@@ -177,7 +177,7 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
     assert planner.timing is not None
     given, dense = wanted, frozenset[str]()
     best: tuple[Plan, float] | None = None
-    nearest = np.inf
+    loosest, nearest = 0.0, np.inf
     for _ in range(ROUNDS):
         try:
             plan = planner.plan(given, dense)
@@ -190,10 +190,10 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
         real = end_to_end.ratio(kept) if kept.chosen else 1.0
         progress.step(f"{real:.3f} of the latency")
         nearest = min(nearest, real)
-        if real <= wanted:
-            best = kept, real
-            if real >= CLOSE * wanted:
-                break
+        if real <= wanted and given > loosest:
+            best, loosest = (kept, real), given
+        if CLOSE * wanted <= real <= wanted:
+            break
         given = min(given * wanted / real * (1.0 if real <= wanted else 0.99), 1.0)
     if best is None:
         raise BudgetError(

@@ -142,11 +142,12 @@ def element_notes(layers: tuple[LayerResult, ...]) -> list[str]:
 def side_notes(job: Job, material: Material, quality: tuple[OutputQuality, ...] | None, external: bool) -> list[str]:
     """Return what happened besides the wish: labels without use, a second file."""
     notes = []
-    if material.labels is not None and all(output.accuracy_before is None for output in quality or ()):
+    judged = material.labels is not None and quality is not None
+    if judged and all(output.accuracy_before is None for output in quality or ()):
         notes.append("The labels were not used: no floating-point output has the shape (batch, classes).")
-    if job.config.work is not None:
+    if job.config.work is not None and not job.config.dry_run:
         notes.append(f"The work folder {job.config.work} is no longer needed and may be deleted.")
-    if external and job.output is not None:
+    if external and job.output is not None and not job.config.dry_run:
         notes.append(f"Its weights are in {models.external_name(job.output)} beside it, as the original's are outside.")
     return notes
 
