@@ -55,7 +55,7 @@ exit codes:
   6    the compressed model failed a check; nothing was written
   7    the result could not be written
   8    ONNX Runtime is missing, doubled or lacks the provider
-  9    nothing makes the model faster within the limits: OUT is the original
+  9    nothing makes the model faster within the limits; OUT is the original
   130  interrupted; nothing was written (with --work the same command continues)
 """
 
@@ -373,7 +373,7 @@ def _preprocess(given: Mapping[str, Any]) -> Preprocess | None:
 def _check_files(args: argparse.Namespace) -> None:
     """Refuse before the work starts what could only fail, or destroy a file, after it."""
     given = vars(args)
-    if args.command == "compress" and not given["output"]:
+    if args.command == "compress" and not given["output"] and not given["dry_run"]:
         raise ConfigError("No output file was named.", f"Add one: onnx-lrs {args.model} -o small.onnx")
     if given.get("test") and not (given["data"] or given["random_data"]):
         raise ConfigError("--test was given without --data.", "The fit needs samples of its own: add --data PATH.")

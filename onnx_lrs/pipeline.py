@@ -14,7 +14,7 @@ import onnx
 from onnx_lrs import __version__
 from onnx_lrs.calibration.capture import Statistic
 from onnx_lrs.calibration.subject import Material, Subject, examine, measure_shapes, open_material
-from onnx_lrs.config import Budget, Config
+from onnx_lrs.config import DEFAULT_DROP, Budget, Config
 from onnx_lrs.data import Samples, fingerprint
 from onnx_lrs.errors import BudgetError, ConfigError, ModelError, OutputError, VerificationError
 from onnx_lrs.graph import model as models
@@ -29,6 +29,7 @@ from onnx_lrs.planning.guarantee import Promise
 from onnx_lrs.planning.job import Clock, Job
 from onnx_lrs.planning.plan import limits_of
 from onnx_lrs.planning.plan_file import write_plan
+from onnx_lrs.planning.prices import Plan
 from onnx_lrs.report.environment import arithmetic, environment, peak_memory_bytes, versions
 from onnx_lrs.report.layers import layer_results, skipped_layers
 from onnx_lrs.report.notes import (
@@ -36,6 +37,7 @@ from onnx_lrs.report.notes import (
     closing_notes,
     element_notes,
     fit_notes,
+    latency_notes,
     mapped_notes,
     opening_notes,
     side_notes,
@@ -72,6 +74,7 @@ def compress(job: Job) -> Result:
         with clock.stage("load"):
             original = models.load(job.source)
             material = open_material(job.inputs, models.signature(original)[0], job.config, stack)
+            _refuse_what_cannot_be_judged(job, original, material)
             outside = _external_places(job.source)
             _refuse_to_overwrite(job, outside)
             scratch = stack.enter_context(scratch_for(original, job.output))
@@ -79,16 +82,14 @@ def compress(job: Job) -> Result:
             _refuse_without_layers(job, subject)
             feed = timed_feed(subject, job.config.batch)
         work = stack.enter_context(_open_work(job, material, clock))
-        notes = opening_notes(job, subject, material)
-        for note in notes:
-            job.progress.note(note)
+        notes = _told(job, opening_notes(job, subject, material))
         outcome = plan_and_fit(job, subject, material, (work, feed), clock)
+        factors = {node: f.factors for node, f in outcome.fitted.items()}
         with clock.stage("rewrite"):
-            factors = {node: f.factors for node, f in outcome.fitted.items()}
             rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks, scratch)
         verdict = _judge(job, subject, material, (rewritten.model, outcome, feed), clock)
         if verdict.unchanged:
-            outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=())
+            outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=(), plan=Plan({}))
             rewritten = Rewritten(original, {})
         layers = layer_results(subject, rewritten, outcome, known=material.samples is not None)
         after = _write(job, rewritten.model, verdict.after, bool(outside), clock)
@@ -119,12 +120,20 @@ def compress(job: Job) -> Result:
             *outcome.notes,
             *fit_notes(subject, outcome),
             *closing_notes(verdict.before, after, verdict.quality, bool(verdict.unchanged)),
+            *latency_notes(job, verdict.before, after),
             *element_notes(layers),
             *side_notes(job, material, verdict.quality, bool(outside)),
             *mapped_notes(subject),
         ),
         model=model,
     )
+
+
+def _told(job: Job, notes: list[str]) -> list[str]:
+    """Return the notes, said to the user at once."""
+    for note in notes:
+        job.progress.note(note)
+    return notes
 
 
 def _settled(job: Job) -> Job:
@@ -144,7 +153,16 @@ def timed_feed(subject: Subject, batch: int) -> Feed:
     """
     if batch == 1:
         return subject.feed
-    feed = {name: np.repeat(value[:1], batch, axis=0) if value.ndim else value for name, value in subject.feed.items()}
+    specs = models.signature(subject.original)[0]
+    open_ended = {spec.name for spec in specs if spec.shape and not isinstance(spec.shape[0], int)}
+    if not open_ended:
+        raise ConfigError(
+            f"--batch {batch}: the model does not take it, its batch is fixed.",
+            "Use the batch that it was exported with.",
+        )
+    feed = dict(subject.feed)
+    for name in open_ended & feed.keys():
+        feed[name] = np.repeat(feed[name][:1], batch, axis=0)
     try:
         with Session(subject.original, 1) as session:
             session.run(feed)
@@ -169,6 +187,7 @@ def check_request(job: Job) -> None:
         The provider does not start.
     """
     _check_method(job)
+    _check_files(job)
     if job.config.work is not None:
         refuse_file(pathlib.Path(job.config.work))
     if job.config.provider != "cpu":
@@ -189,6 +208,18 @@ def check_request(job: Job) -> None:
         raise OutputError(f"The folder {folder} cannot be written to: {error.strerror or error}.", remedy) from None
 
 
+def _check_files(job: Job) -> None:
+    """Refuse files beside the model that could not be written at the end, or that would replace it."""
+    for flag, name in (("--plan", job.config.plan), ("--latency-table", job.config.latency_table)):
+        if name is None:
+            continue
+        place = pathlib.Path(name)
+        if not place.parent.is_dir():
+            raise OutputError(f"The folder {place.parent} of {flag} does not exist.", "Create it first.")
+        if job.output is not None and place.resolve() == job.output.resolve():
+            raise ConfigError(f"{flag} {place} is the output itself.", "Choose another name.")
+
+
 def _check_method(job: Job) -> None:
     """Refuse a method that does not exist, or that cannot do what else was asked for."""
     name, budget = job.config.method, job.budget
@@ -207,6 +238,8 @@ def _check_method(job: Job) -> None:
             )
     if budget.is_timed and job.config.structure == "elements":
         raise ConfigError("--structure elements makes no layer faster.", "Use --params or --size.")
+    if budget.gain is not None and (job.config.plan is not None or job.config.dry_run):
+        raise ConfigError("--gain makes no plan: --plan and --dry-run do not go with it.", "Leave one of them out.")
     if budget.max_drop is not None and job.inputs.data is None:
         raise ConfigError(
             "--max-drop needs typical inputs to see what is lost.",
@@ -264,6 +297,23 @@ def _refuse_without_layers(job: Job, subject: Subject) -> None:
         f"({reasons or 'it has no Conv, Gemm or MatMul'}).",
         "onnx-lrs inspect MODEL lists every layer with its reason.",
     )
+
+
+def _refuse_what_cannot_be_judged(job: Job, original: onnx.ModelProto, material: Material) -> None:
+    """Refuse a limit of what may be lost where nothing would tell what is lost."""
+    if job.budget.max_drop is None:
+        return
+    what = f"--max-drop {job.budget.max_drop:g} (the default with data is {DEFAULT_DROP:g})"
+    if len(material.judge_items) < 2:
+        raise ConfigError(
+            f"{what} needs two samples that judge: one for the search, one that confirms.",
+            "Give more data, a larger --holdout, samples of their own with --test, or a budget such as --params 0.5.",
+        )
+    if job.metric is None and not any(spec.dtype.kind == "f" for spec in models.signature(original)[1]):
+        raise ConfigError(
+            f"{what} needs an output of floating-point numbers; this model has none.",
+            "Give compress(metric=...), or a budget such as --latency 0.5 or --params 0.5.",
+        )
 
 
 def _effective(config: Config, material: Material) -> Config:
@@ -356,7 +406,8 @@ def _judge(
     reason = _why_unchanged(job, outcome, before, after)
     if reason:
         return dataclasses.replace(verdict, after=before, quality=None, optimised=None, unchanged=reason)
-    _check_budget(job.budget, before, after)
+    if not job.replays:
+        _check_budget(job.budget, before, after)
     return verdict
 
 
@@ -370,7 +421,8 @@ def _why_unchanged(job: Job, outcome: Outcome, before: Totals, after: Totals) ->
         return "no layer becomes faster"
     assert before.latency_ms is not None
     assert after.latency_ms is not None
-    if outcome.timing.is_here and after.latency_ms >= before.latency_ms:
+    others = job.budget.limits.keys() - {"latency"}  # which the original may not keep to
+    if outcome.timing.is_here and after.latency_ms >= before.latency_ms and not others:
         return f"compressed it takes {after.latency_ms / before.latency_ms:.2f} of its latency"
     return ""
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lrs.planning.allocate import GAP, Choice, allocate, least_excess
+from onnx_lrs.planning.allocate import GAP, Choice, allocate
 
 
 def best_loss(layers, budget):
@@ -133,7 +133,6 @@ def test_several_limits_hold_at_once_and_the_loss_is_the_least(data):
     every = [list(picked) for picked in itertools.product(*layers)]
     fits = [p for p in every if all(sum(c.costs[k] for c in p) <= budgets[k] for k in range(2))]
     chosen = allocate(layers, budgets)
-    excess = least_excess(layers, budgets)
     if not fits:
         assert chosen is None
     else:
@@ -141,5 +140,3 @@ def test_several_limits_hold_at_once_and_the_loss_is_the_least(data):
         picked = [layer[i] for layer, i in zip(layers, chosen, strict=True)]
         assert picked in fits
         assert sum(c.loss for c in picked) <= min(sum(c.loss for c in p) for p in fits) * (1 + 2 * GAP) + 1e-9
-    best = min(max(sum(c.costs[k] for c in p) / budgets[k] for k in range(2)) for p in every)
-    assert excess <= best + 1e-6

@@ -265,7 +265,7 @@ def test_no_more_than_the_limit_is_lost_on_either_half(table, fit, limit):
     assert last.drop == pytest.approx(1.0 - right[parts[1]].mean())
     assert result.predicted_latency_ms == pytest.approx(last.predicted * WHOLE_MS)
     assert {step.fit for step in result.search} <= {"alone", fit, "confirm"}
-    assert any(note.startswith("--max-drop") and "nothing was chosen by" in note for note in result.notes)
+    assert any(note.startswith("--max-drop") and "that the search did not ask" in note for note in result.notes)
 
 
 def test_a_larger_loss_buys_a_faster_model(table):
@@ -659,3 +659,37 @@ def test_help_names_limits_plans_and_tables(capsys):
         "--latency-table",
     )
     assert [flag for flag in (*flags, "--batch", "--calibration-batch") if flag not in text] == []
+
+
+# ---------------------------------------------------------------------------------------------- refused before any work
+
+
+def test_a_model_without_floating_point_outputs_has_nothing_to_lose(tmp_path):
+    model = nets.conv_net()
+    model.graph.node.append(onnx.helper.make_node("ArgMax", ["logits"], ["best"], axis=1))
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info("best", onnx.TensorProto.INT64, ["N", 1]))
+    with pytest.raises(errors.ConfigError, match="floating-point"):
+        onnx_lrs.compress(model, data={"image": nets.as_floats(nets.pictures(20))}, config=Config(threads=1))
+
+
+def test_one_sample_cannot_judge_twice():
+    with pytest.raises(errors.ConfigError, match="two samples that judge"):
+        onnx_lrs.compress(nets.conv_net(), data={"image": nets.as_floats(nets.pictures(5))}, config=Config(threads=1))
+
+
+@pytest.mark.parametrize("name", ["plan", "latency_table"])
+def test_files_that_could_not_be_written_are_refused_at_once(name, tmp_path):
+    config = Config(budget=Budget(params=0.5), **{name: tmp_path / "missing" / "file.json"})
+    with pytest.raises(errors.OutputError, match="does not exist"):
+        onnx_lrs.compress(nets.conv_net(), config=config)
+    config = Config(budget=Budget(params=0.5), **{name: tmp_path / "small.onnx"})
+    with pytest.raises(errors.ConfigError, match="is the output itself"):
+        onnx_lrs.compress(nets.conv_net(), tmp_path / "small.onnx", config=config)
+
+
+def test_a_dry_run_needs_no_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(nets.conv_net(), "model.onnx")
+    assert cli.main(["model.onnx", "--params", "0.5", "--dry-run", "--plan", "plan.json", "-q"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "plan.json"]

@@ -283,7 +283,7 @@ def test_another_devices_table_is_all_there_is():
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [(net(3, 80), "a layer of its kind"), (net(3, activation="Sigmoid"), "a layer of its kind")],
+    [(net(3, 80), "lacks this model"), (net(3, activation="Sigmoid"), "a layer of its kind")],
     ids=["other width", "other activation"],
 )
 def test_a_layer_that_another_devices_table_lacks_is_an_error_with_the_remedy(model, words):

@@ -39,31 +39,6 @@ def allocate(layers: Sequence[Sequence[Choice]], budgets: Sequence[int]) -> list
     return None if chosen is None else [kept[c] for kept, c in zip(useful, chosen, strict=True)]
 
 
-def least_excess(layers: Sequence[Sequence[Choice]], budgets: Sequence[int]) -> float:
-    """Return the least factor by which all budgets must be multiplied so that some plan keeps to them.
-
-    The relaxation of the knapsack to fractions of choices, rounded in favour of the budgets: a bound from below.
-    Budgets must be positive.
-    """
-    if not layers:
-        return 0.0
-    owner, costs, _ = _columns(layers)
-    count, limits = len(owner), np.asarray(budgets, float)
-    above = np.concatenate([costs / limits[:, None], -np.ones((len(limits), 1))], axis=1)
-    one = np.zeros((len(layers), count + 1))
-    one[owner, np.arange(count)] = 1.0
-    with redirected(STDOUT, None):
-        solved = scipy.optimize.linprog(
-            np.r_[np.zeros(count), 1.0],
-            A_ub=above,
-            b_ub=np.zeros(len(limits)),
-            A_eq=one,
-            b_eq=np.ones(len(layers)),
-            bounds=[*[(0, 1)] * count, (None, None)],
-        )
-    return float(solved.fun)
-
-
 def _undominated(layer: Sequence[Choice]) -> list[int]:
     """Return the choices that no other one beats in every cost and in loss, by rising cost."""
     kept: list[int] = []

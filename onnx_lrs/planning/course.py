@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import pathlib
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from onnx_lrs.planning.fitting import Fitter, fit_independently
 from onnx_lrs.planning.gate import Gate
 from onnx_lrs.planning.guarantee import Promise, promise
 from onnx_lrs.planning.job import Clock, Job
-from onnx_lrs.planning.plan import PLAN, error_curves, weighted
+from onnx_lrs.planning.plan import PLAN, Curves, error_curves, weighted
 from onnx_lrs.planning.plan_file import read_plan
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.planning.search import (
@@ -57,6 +56,13 @@ from onnx_lrs.work import Work
 SHELF_SHARE = 4  # of the memory holds statistics between plan and fit; the rest goes to disk
 CHANNEL_FORMS = ("low-rank", "channels", "low-rank + channels", "spatial", "projected")
 ELEMENT_FORMS = ("low-rank", "elements", "low-rank + elements")
+MIXED_FORMS = ("low-rank", "channels", "low-rank + channels")
+FORMS = {  # that a method fits, where it is not all of CHANNEL_FORMS
+    **dict.fromkeys(("hsvd", "svd", "ddlr"), ("low-rank",)),
+    **dict.fromkeys(("channels", "magnitude"), ("channels",)),
+    **dict.fromkeys(("admm", "greedy"), MIXED_FORMS),
+    "nettrim": ("elements",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +153,7 @@ def _fit_to_plan(job: Job, subject: Subject, material: Material, means: tuple[Sh
     fitter = Fitter(subject, shop, material, config.fit if in_cascade else "independent")
     if job.replays:
         assert config.plan is not None
-        forms = ELEMENT_FORMS if config.structure == "elements" else CHANNEL_FORMS
+        forms = ELEMENT_FORMS if config.structure == "elements" else FORMS.get(config.method, CHANNEL_FORMS)
         outcome = Outcome({}, plan=read_plan(pathlib.Path(config.plan), subject, forms))
         if in_cascade:
             _collect(job, subject, material, shop, clock)
@@ -217,34 +223,33 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
             batching = subject.batch, subject.dynamic_batch, config.threads
             found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress, work)
             curves = weighted(curves, found)
-    timing = _timing(job, subject, feed) if job.budget.is_timed else None
-    if timing is not None:
-        with clock.stage("latency", timing.count):
-            timing.prepare(curves, job.progress)
-        _keep_table(job, timing)
-    planner = Planner(subject, curves, job.budget, timing)
-    name = _plan_name(job)
-    chosen = work.get(PLAN, name)
-    if chosen is not None:
-        return Outcome({}, plan=Plan(chosen), timing=timing)
-    outcome = _chosen(job, material, planner, (fitter, feed), clock)
-    assert outcome.plan is not None
-    return dataclasses.replace(outcome, plan=Plan(work.put(PLAN, name, dict(outcome.plan.chosen))))
+    if not job.budget.is_timed:
+        kept = work.get(PLAN, str(job.budget))
+        if kept is None:
+            kept = work.put(PLAN, str(job.budget), dict(make_plan_of(subject, curves, job.budget).chosen))
+        return Outcome({}, plan=Plan(kept))
+    # a plan that was timed or judged is not kept for a run that goes on: the judging samples are not part of what the
+    # work folder is known by, and the machine may be another; what was fitted is kept
+    timing = _timing(job, subject, feed)
+    asked = job.config.latency_table is not None and not pathlib.Path(job.config.latency_table).exists()
+    with clock.stage("latency", timing.count):
+        timing.prepare(curves, job.progress)
+    try:
+        return _chosen(job, material, Planner(subject, curves, job.budget, timing), (fitter, feed), clock)
+    finally:
+        if asked and job.config.latency_table is not None:
+            timing.table.write(pathlib.Path(job.config.latency_table))
 
 
-def _plan_name(job: Job) -> str:
-    """Return what the plan is kept under: whatever it depends on and the layers' curves do not."""
-    config = job.config
-    table = pathlib.Path(config.latency_table) if config.latency_table is not None else None
-    known = hashlib.sha256(table.read_bytes()).hexdigest() if table is not None and table.is_file() else "measured"
-    return f"{job.budget} --batch {config.batch} --provider {config.provider} {known}"
+def make_plan_of(subject: Subject, curves: Curves, budget: Budget) -> Plan:
+    """Return the plan of a budget in which latency plays no part."""
+    return Planner(subject, curves, budget).plan()
 
 
 def _chosen(job: Job, material: Material, planner: Planner, means: tuple[Fitter, Feed], clock: Clock) -> Outcome:
     """Return the plan for the budget: the knapsack's, corrected by the clock, or searched for by what is lost."""
     subject, timing, budget, (fitter, feed) = planner.subject, planner.timing, job.budget, means
-    if timing is None:
-        return Outcome({}, plan=planner.plan())
+    assert timing is not None
     end_to_end = None
     if timing.is_here and not is_mapped(subject.original):
         end_to_end = EndToEnd(subject, Stopwatch(job.config.provider, job.config.threads, feed))
@@ -282,7 +287,7 @@ def _refuse_if_apart(budget: Budget, found: Found, planner: Planner, end_to_end:
     real = predicted if end_to_end is None else end_to_end.ratio(found.plan)
     if real <= budget.latency:
         return
-    lost = [step.drop for step in found.steps if step.predicted <= budget.latency]
+    lost = [step.drop for step in found.steps if step.predicted <= budget.latency and not step.held]
     beyond = f" Plans of --latency {budget.latency:g} and below lost {min(lost):.2%} at least." if lost else ""
     raise BudgetError(
         f"{budget} cannot be had together: what was found within --max-drop takes {real:.3f} of the latency.{beyond}",
@@ -300,13 +305,6 @@ def _timing(job: Job, subject: Subject, feed: Feed) -> Timing:
         return Timing(subject, stopwatch, Table.cached(here), digest)
     table = Table.read(place)
     return Timing(subject, stopwatch if table.device == here else None, table, digest, feed)
-
-
-def _keep_table(job: Job, timing: Timing) -> None:
-    """Write the latencies where they were asked for."""
-    place = None if job.config.latency_table is None else pathlib.Path(job.config.latency_table)
-    if place is not None and timing.is_here:
-        timing.table.write(place)
 
 
 def _step_count(

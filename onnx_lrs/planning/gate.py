@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs.calibration.subject import Material, Subject
 from onnx_lrs.data import batches
-from onnx_lrs.errors import ConfigError
+from onnx_lrs.errors import ConfigError, VerificationError
 from onnx_lrs.progress import Silent
 from onnx_lrs.report.result import OutputQuality
 from onnx_lrs.runtime.session import Feed, Session
@@ -74,10 +74,7 @@ class Gate:
     def drop(self, model: onnx.ModelProto, items: Items) -> Drop:
         """Return what a model loses on some of the samples.
 
-        Raises
-        ------
-        VerificationError
-            If its outputs are not finite.
+        Infinitely much where its outputs are not finite.
         """
         if self._metric is not None:
             return Drop(self._value(self._subject.original, items, kept=True) - self._value(model, items), "metric")
@@ -87,7 +84,10 @@ class Gate:
                 stack.enter_context(Session(model, self._threads)),
             )
             batching = self._subject.batch, self._subject.dynamic_batch
-            found = compare_outputs(sessions, self._samples, items, self._labels, batching, Silent())
+            try:
+                found = compare_outputs(sessions, self._samples, items, self._labels, batching, Silent())
+            except VerificationError:  # outputs that are not finite: as bad as can be, and a looser plan may do
+                return Drop(float("inf"), "relative error")
         return drop_of(found)
 
     def _value(self, model: onnx.ModelProto, items: Items, kept: bool = False) -> float:

@@ -191,10 +191,12 @@ def _unreachable(
 ) -> BudgetError:
     """Return the error that says what can be reached instead."""
     least = []
-    for k, limit in enumerate(limits):
+    asked_for = [(k, limit) for k, limit in enumerate(limits) if limit.name != "latency" or limit.fraction < 1.0]
+    for k, limit in asked_for or list(enumerate(limits)):
         fixed = limit.most - room[k]
         smallest = fixed + sum(min(c.costs[k] for c in options) for options in choices)
         least.append(math.ceil(1000 * smallest / limit.price.before) / 1000)
+    limits = [limit for _, limit in asked_for] or list(limits)
     asked = " ".join(f"--{limit.name} {limit.fraction:g}" for limit in limits)
     alone = all(value <= limit.fraction for value, limit in zip(least, limits, strict=True))
     reachable = " and ".join(f"{value:.3f} of the {limit.name}" for value, limit in zip(least, limits, strict=True))

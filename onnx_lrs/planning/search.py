@@ -261,8 +261,11 @@ class Search:
                 break
             model = self._model(plan, full=True)
             first = self._gate.drop(model, self._gate.search)
+            if not self._gate.holds(first):
+                self._note(latency, plan, first, (self._fitter.fit, False), progress)
+                continue
             second = self._gate.drop(model, self._gate.confirm)
-            held = self._gate.holds(first) and self._gate.holds(second)
+            held = self._gate.holds(second)
             self._note(latency, plan, second, ("confirm", held), progress)
             if held:
                 return Found(plan, tuple(self.steps), notes=(self._said(first, second),))
@@ -317,8 +320,11 @@ class Search:
         gate = self._gate
         said = (
             f"--max-drop {gate.limit:g}: {first.measure} lost {first.value:.2%} on the {len(gate.search)} items of the "
-            f"search, {second.value:.2%} on {len(gate.confirm)} that nothing was chosen by."
+            f"search, {second.value:.2%} on {len(gate.confirm)} that the search did not ask."
         )
+        asked = sum(step.fit == "confirm" for step in self.steps)
+        if asked > 1:
+            said += f" They refused {asked - 1} tighter plan{'s' * (asked > 2)} before."
         if first.measure in ("accuracy", "agreement") and len(gate.confirm) * gate.limit < 1:
             said += f" One of {len(gate.confirm)} is more than the limit; more samples would let it go further."
         return said

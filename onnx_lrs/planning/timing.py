@@ -104,8 +104,7 @@ class Timing:
         self._gathers = {la.node: not _frees_producer(subject, la) for la in subject.layers}
         self._estimates: dict[tuple[str, str], float] = {}
         self._dense_ms: dict[str, float] = {}
-        rows = max((len(value) for value in feed.values() if value.ndim), default=1)
-        self._model = f"{digest}, batch {rows}"
+        self._model = f"{digest} {sorted((name, value.shape) for name, value in feed.items())}"
         self.original_ms = 0.0
         self.scale = 1.0
         self.before = self.now = 0
@@ -233,7 +232,7 @@ class Timing:
         shape = self._shape(layer, plan.chosen.get(layer.node), None if rows is None else len(rows))
         return shape if shape != Shape(outputs=layer.out) else DENSE
 
-    def refine(self, plan: Plan, progress: Progress | None = None) -> bool:
+    def refine(self, plan: Plan) -> bool:
         """Measure what is only estimated in a plan; return whether anything was."""
         if self._stopwatch is None:
             return False

@@ -129,6 +129,17 @@ def closing_notes(
     return notes
 
 
+def latency_notes(job: Job, before: Totals, after: Totals) -> list[str]:
+    """Say where the last measurement is above the limit of latency that the plan kept to."""
+    wanted = job.budget.latency
+    if wanted is None or before.latency_ms is None or after.latency_ms is None or job.config.latency_table is not None:
+        return []
+    real = after.latency_ms / before.latency_ms
+    if real <= wanted * SLOWER:
+        return []
+    return [f"Measured at last: {real:.2f} of the latency; --latency {wanted:g} was kept to when the plan was made."]
+
+
 def element_notes(layers: tuple[LayerResult, ...]) -> list[str]:
     """Say what layers with single elements gain, and what not."""
     names = [layer.name for layer in layers if layer.elements and layer.params_after < layer.params_before]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import platform
+import subprocess
 from typing import Any
 
 from onnx_lrs.errors import ConfigError, OutputError
@@ -32,7 +34,8 @@ class Device:
     @classmethod
     def here(cls, provider: str, threads: int) -> Device:
         """Return this machine with a provider of ONNX Runtime."""
-        return cls(provider, _processor(), str(runtime().__version__), threads)
+        name = _processor() if provider == "cpu" else f"{_processor()}, {_accelerators()}"
+        return cls(provider, name, str(runtime().__version__), threads)
 
     @property
     def key(self) -> str:
@@ -53,6 +56,16 @@ def _processor() -> str:
     about = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     found = [value.strip() for name in wanted for key, value in about.items() if key.strip() == name]
     return " ".join(found) or platform.machine()
+
+
+def _accelerators() -> str:
+    """Return the names and drivers of NVIDIA's devices, as their own tool tells them."""
+    wanted = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(wanted, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "GPU without a name"
+    return "; ".join(line.strip() for line in told.splitlines())
 
 
 @dataclasses.dataclass
@@ -122,6 +135,10 @@ class Table:
             for key, e in content["layers"].items()
         }
         self.models = {key: float(ms) for key, ms in content["models"].items()}
+        numbers = [*self.models.values(), *(e.dense_ms for e in self.layers.values())]
+        numbers += [ratio for e in self.layers.values() for ratio in e.ratios.values()]
+        if not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise ValueError("a latency that is not a positive number")
 
     def keep(self) -> None:
         """Write the table to its file; a cache that cannot be written is no error."""
