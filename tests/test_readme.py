@@ -102,7 +102,9 @@ def test_the_exit_codes_are_the_real_ones():
     assert listed == {0, 1, cli.UNCHANGED, 130} | {kind.exit_code for kind in errors.OnnxLrsError.__subclasses__()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/result.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/result.md", "docs/latency.md"]
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)", text):
