@@ -29,6 +29,8 @@ from onnx_lrs.runtime import latency
 from tests import small_nets as nets
 from tests.builders import make, node, normal
 
+COMMAND = ("model.onnx", "-o", "small.onnx", "--data", "x.npy", "--threads", "1")
+
 NET, DATA = nets.conv_net(), nets.as_floats(nets.pictures(60))
 TEST = nets.as_floats(nets.pictures(80, seed=7))
 DENSE_MS, REST_MS = 10.0, 5.0
@@ -195,19 +197,7 @@ def test_where_nothing_gets_faster_the_original_comes_out_with_code_9_and_the_re
     shape = [d.dim_value or 24 for d in model.graph.input[0].type.tensor_type.shape.dim]
     x = normal(*shape)
     np.save("x.npy", x)
-    argv = [
-        "model.onnx",
-        "-o",
-        "small.onnx",
-        "--data",
-        "x.npy",
-        "--threads",
-        "1",
-        "--max-drop",
-        "0",
-        "--method",
-        "hsvd",
-    ]
+    argv = [*COMMAND, "--max-drop", "0", "--method", "hsvd"]
     code = cli.main([*argv, "--json", "report.json"])
     report = json.loads(Path("report.json").read_text())
     assert (code, code) == (cli.UNCHANGED, 9), capsys.readouterr().err
@@ -613,19 +603,7 @@ def test_the_command_line_knows_limits_plans_and_tables(table, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     onnx.save(NET, "model.onnx")
     np.save("x.npy", DATA)
-    argv = [
-        "model.onnx",
-        "-o",
-        "small.onnx",
-        "--data",
-        "x.npy",
-        "--threads",
-        "1",
-        "--method",
-        "hsvd",
-        "--fit",
-        "independent",
-    ]
+    argv = [*COMMAND, "--method", "hsvd", "--fit", "independent"]
     argv += ["--multiple", "4"]
     assert cli.main([*argv, "--latency", "1", "--latency-table", "table.json", "--dry-run"]) in (0, cli.UNCHANGED)
     known = json.loads(table.read_text()), json.loads(Path("table.json").read_text())

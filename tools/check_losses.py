@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,19 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
-from trials import Record, append_record, figure, machine, markdown, read_records, refuse_mixture, say
+from trials import (
+    Record,
+    append_record,
+    figure,
+    machine,
+    markdown,
+    parsed,
+    read_command_line,
+    read_records,
+    refuse_mixture,
+    say,
+    shared_settings,
+)
 
 from onnx_lrs import cli
 from onnx_lrs.calibration.capture import Capture, Setting
@@ -357,11 +368,6 @@ def plans_table(records: Sequence[Record]) -> str:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def parsed(options: Sequence[str]) -> argparse.Namespace:
-    """Return flags of onnx-lrs as it reads them itself."""
-    return cli.parse(["compress", *options])
-
-
 def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """Read the command line; what is not this tool's own goes to onnx-lrs as ``options``."""
     parser = argparse.ArgumentParser(
@@ -377,13 +383,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser.add_argument("--plans", type=int, default=30, metavar="N", help="random plans (default: 30)")
     parser.add_argument("--rungs", type=int, default=8, metavar="N", help="candidates a layer (default: 8)")
     parser.add_argument("--name", help="what the model is called in the tables (default: its file name)")
-    arguments, options = parser.parse_known_args()
-    arguments.options = tuple(options)
-    if arguments.render is None:
-        check(parser, arguments)
-    elif options:
-        parser.error(f"--render takes no {' '.join(options)}")
-    return arguments, parser
+    return read_command_line(parser, check), parser
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -400,11 +400,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 def settings_of(arguments: argparse.Namespace) -> Record:
     """Return what all plans of one model share, as JSON gives it back."""
-    own = parsed(arguments.options)
-    names = {name: getattr(own, name) and Path(getattr(own, name)).name for name in ("data", "test", "labels")}
-    settings = {key: value for key, value in cli.config_from(own).to_dict().items() if key not in OTHERS}
-    shared: Record = json.loads(json.dumps(settings))
-    return names | {"rungs": arguments.rungs} | shared
+    return {"rungs": arguments.rungs} | shared_settings(arguments.options, OTHERS)
 
 
 def fill(arguments: argparse.Namespace) -> None:

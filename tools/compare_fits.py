@@ -22,7 +22,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
-import json
 import multiprocessing
 import os
 import sys
@@ -34,7 +33,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from trials import Record, append_record, failure, figure, machine, markdown, read_records, refuse_mixture, say
+from trials import (
+    Record,
+    append_record,
+    failure,
+    figure,
+    machine,
+    markdown,
+    parsed,
+    read_command_line,
+    read_records,
+    refuse_mixture,
+    say,
+    shared_settings,
+)
 
 import onnx_lrs
 from onnx_lrs import cli
@@ -82,11 +94,6 @@ class Task:
 def key_of(record: Record) -> tuple[str, str, str, int]:
     """Return what identifies a record's cell."""
     return record["model"], record["budget"], record["fit"], record["samples"]
-
-
-def parsed(options: Sequence[str]) -> argparse.Namespace:
-    """Return flags of onnx-lrs as it reads them itself."""
-    return cli.parse(["compress", *options])
 
 
 def has_fits() -> bool:
@@ -440,13 +447,7 @@ def parse_arguments() -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     parser.add_argument("--fits", nargs="+", choices=known, default=known, help=f"default: {' '.join(known)}")
     parser.add_argument("--samples", nargs="+", type=int, metavar="N", help="so many of the calibration samples each")
     parser.add_argument("--name", help="what the model is called in the tables (default: its file name)")
-    arguments, options = parser.parse_known_args()
-    arguments.options = tuple(options)
-    if arguments.render is None:
-        check(parser, arguments)
-    elif options:
-        parser.error(f"--render takes no {' '.join(options)}")
-    return arguments, parser
+    return read_command_line(parser, check), parser
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -466,11 +467,7 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 def settings_of(arguments: argparse.Namespace) -> Record:
     """Return what all cells of one model share, as JSON gives it back."""
-    own = parsed(arguments.options)
-    names = {name: getattr(own, name) and Path(getattr(own, name)).name for name in ("data", "test", "labels")}
-    config = cli.config_from(own).to_dict()
-    shared: Record = json.loads(json.dumps({name: value for name, value in config.items() if name not in OWN}))
-    return names | shared
+    return shared_settings(arguments.options, OWN)
 
 
 def fill(arguments: argparse.Namespace) -> bool:

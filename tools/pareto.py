@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_fits import budget_of, parsed
-from trials import Record, append_record, figure, machine, markdown, read_records, say
+from compare_fits import budget_of
+from trials import Record, append_record, figure, machine, markdown, parsed, read_records, say
 
 import onnx_lrs
 from onnx_lrs import cli

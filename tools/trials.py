@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ import threadpoolctl
 from rich.console import Console
 from rich.table import Table
 
+from onnx_lrs import cli
 from onnx_lrs.report.environment import environment
 from onnx_lrs.solvers import METHODS, Budget, Problem, Settings, Solution, closed_form
 from onnx_lrs.solvers.loop import Run
@@ -129,6 +130,33 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add --threads to a command line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--threads", type=int, default=cores, metavar="N", help="threads of BLAS (default: all cores)")
+
+
+def parsed(options: Sequence[str]) -> argparse.Namespace:
+    """Return flags of onnx-lrs as it reads them itself."""
+    return cli.parse(["compress", *options])
+
+
+def read_command_line(
+    parser: argparse.ArgumentParser, check: Callable[[argparse.ArgumentParser, argparse.Namespace], None]
+) -> argparse.Namespace:
+    """Read the command line; what is not the tool's own goes to onnx-lrs as ``options``, and not with --render."""
+    arguments, options = parser.parse_known_args()
+    arguments.options = tuple(options)
+    if arguments.render is None:
+        check(parser, arguments)
+    elif options:
+        parser.error(f"--render takes no {' '.join(options)}")
+    return arguments
+
+
+def shared_settings(options: Sequence[str], without: Collection[str]) -> Record:
+    """Return the data's names and the settings of a run but for some, as JSON gives them back."""
+    own = parsed(options)
+    names = {name: getattr(own, name) and Path(getattr(own, name)).name for name in ("data", "test", "labels")}
+    config = cli.config_from(own).to_dict()
+    shared: Record = json.loads(json.dumps({name: value for name, value in config.items() if name not in without}))
+    return names | shared
 
 
 def checked_threads(parser: argparse.ArgumentParser, threads: int) -> threadpoolctl.threadpool_limits:

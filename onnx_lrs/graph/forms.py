@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -168,8 +167,10 @@ def _spatial(site: Site, factors: SpatialFactors, x: gs.Tensor, y: gs.Tensor) ->
     if site.bias is not None:
         horizontal.append(site.constant("bias", site.bias))
     return [
-        gs.Node("Conv", site.names.fresh(f"{site.layer.name}.vertical"), _conv_attrs(columns), [x, vertical], [middle]),
-        gs.Node("Conv", site.names.fresh(f"{site.layer.name}.horizontal"), _conv_attrs(rows), horizontal, [y]),
+        gs.Node(
+            "Conv", site.names.fresh(f"{site.layer.name}.vertical"), conv_attributes(columns), [x, vertical], [middle]
+        ),
+        gs.Node("Conv", site.names.fresh(f"{site.layer.name}.horizontal"), conv_attributes(rows), horizontal, [y]),
     ]
 
 
@@ -199,7 +200,8 @@ def _axis(geometry: Geometry, axis: int) -> Geometry:
     )
 
 
-def _conv_attrs(geometry: Geometry) -> dict[str, Any]:
+def conv_attributes(geometry: Geometry) -> dict[str, Any]:
+    """Return the attributes of a Conv node that reads its input in this way."""
     attrs: dict[str, Any] = {"kernel_shape": list(geometry.kernel)}
     attrs |= {"strides": list(geometry.strides), "dilations": list(geometry.dilations)}
     if geometry.auto_pad == "NOTSET":
@@ -217,7 +219,7 @@ def _layer(site: Site, role: str, weight: gs.Tensor, ends: tuple[gs.Tensor, gs.T
     layer, name = site.layer, site.names.fresh(f"{site.layer.name}.{role}_product")
     if layer.op == "Conv":
         bias = [site.constant("bias", site.bias)] if with_bias and site.bias is not None else []
-        return gs.Node("Conv", name, _conv_attrs(layer.geometry), [ends[0], weight, *bias], [ends[1]])
+        return gs.Node("Conv", name, conv_attributes(layer.geometry), [ends[0], weight, *bias], [ends[1]])
     if layer.op == "Gemm":
         return _gemm(site, name, weight, ends, with_bias, layer.geometry.trans_a)
     return _matmul(site, name, weight, ends)
@@ -285,10 +287,14 @@ def _matmul(site: Site, name: str, weight: gs.Tensor, ends: tuple[gs.Tensor, gs.
     return gs.Node("MatMul", name, {}, operands, [ends[1]])
 
 
-def feature_axis(layer: Layer, ranks: Mapping[str, int]) -> int:
-    """Return the axis of the layer's input that holds its channels or features."""
-    if layer.op == "Conv":
+def feature_axis(op: str, geometry: Geometry, rank: int | None) -> int:
+    """Return the axis of a layer's input that holds its channels or features.
+
+    ``rank`` is the input's number of dimensions, which only a MatMul needs.
+    """
+    if op == "Conv":
         return 1
-    if layer.op == "Gemm":
-        return 0 if layer.geometry.trans_a else 1
-    return ranks[layer.input] - (2 if layer.geometry.weight_left else 1)
+    if op == "Gemm":
+        return 0 if geometry.trans_a else 1
+    assert rank is not None
+    return rank - (2 if geometry.weight_left else 1)

@@ -77,7 +77,8 @@ def rewrite(
         _refuse_empty(layer, used)
         rows = alive.get(layer.node)
         source = _source_rows(view, layer, alive)
-        site = _site(view, names, layer, used, (rows, source), feature_axis(layer, ranks))
+        axis = feature_axis(layer.op, layer.geometry, ranks.get(layer.input))
+        site = _site(view, names, layer, used, (rows, source), axis)
         site = dataclasses.replace(site, scratch=scratch)
         nodes[layer.node] = build(site, used if rows is None else take_rows(used, rows))
         if layer.bias_add is not None and site.bias is not None:

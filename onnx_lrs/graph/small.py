@@ -19,6 +19,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from onnx_lrs.graph.forms import conv_attributes, feature_axis
 from onnx_lrs.graph.layers import Geometry, Layer, find
 from onnx_lrs.graph.model import View, array_tensor, is_standard
 from onnx_lrs.graph.rewrite import ELEMENTWISE, POOLS, rewrite
@@ -128,7 +129,7 @@ def build_small(small: Small, shape: Shape) -> tuple[onnx.ModelProto, Feed]:
     """Return the graph of a layer in the given shape, with random weights, and one input for it."""
     narrow = dataclasses.replace(small, out=shape.outputs or small.out)
     if shape.kept and not shape.gathered:  # the channels that are not kept do not exist
-        axis = _feature_axis(small)
+        axis = feature_axis(small.op, small.geometry, len(small.input_shape))
         sizes = tuple(shape.kept if i == axis else n for i, n in enumerate(small.input_shape))
         narrow = dataclasses.replace(narrow, input_shape=sizes)
     model, feed = _dense(narrow)
@@ -137,7 +138,7 @@ def build_small(small: Small, shape: Shape) -> tuple[onnx.ModelProto, Feed]:
     view = View(model)
     layers = [layer for layer in find(view, smallest=0)[0] if layer.name == LAYER]
     factors = {layer.node: random_factors(layer, shape) for layer in layers}
-    ranks = {"input": len(small.input_shape), "fed": len(small.input_shape)}
+    ranks = {layer.input: len(small.input_shape) for layer in layers}
     return rewrite(view, layers, factors, ranks).model, feed
 
 
@@ -178,14 +179,6 @@ def random_elements(layer: Layer, rank: int, count: int) -> ElementFactors:
     places = np.sort(generator.choice(layer.params, count, replace=False))
     sparse = scipy.sparse.csr_array((np.ones(count), np.divmod(places, layer.d)), shape=(layer.out, layer.d))
     return ElementFactors(left, right, sparse, np.zeros(layer.out))
-
-
-def _feature_axis(small: Small) -> int:
-    if small.op == "Conv":
-        return 1
-    if small.op == "Gemm":
-        return 0 if small.geometry.trans_a else 1
-    return len(small.input_shape) - (2 if small.geometry.weight_left else 1)
 
 
 class _Draft:
@@ -234,9 +227,7 @@ def _dense(small: Small) -> tuple[onnx.ModelProto, Feed]:
     inputs = [source, draft.weight("weight", (small.out, channels, *g.kernel), channels * int(np.prod(g.kernel)))]
     if small.bias:
         inputs.append(draft.weight("bias", (small.out,), 1))
-    pads = {"pads": list(g.pads)} if g.auto_pad == "NOTSET" else {"auto_pad": g.auto_pad}
-    attributes = {"kernel_shape": list(g.kernel), "strides": list(g.strides), "dilations": list(g.dilations)}
-    end = draft.node("Conv", inputs, LAYER, **attributes, **pads)
+    end = draft.node("Conv", inputs, LAYER, **conv_attributes(g))
     if small.shortcut:
         other = draft.neighbour("shortcut", (small.output_shape[0], small.out, *small.output_shape[2:]))
         end = draft.node("Add", [end, other], "sum")
@@ -245,8 +236,8 @@ def _dense(small: Small) -> tuple[onnx.ModelProto, Feed]:
 
 
 def _product(draft: _Draft, small: Small) -> str:
-    features = small.input_shape[_feature_axis(small)]
     g = small.geometry
+    features = small.input_shape[feature_axis(small.op, g, len(small.input_shape))]
     if small.op == "Gemm":
         shape = (small.out, features) if g.trans_b else (features, small.out)
         inputs = ["input", draft.weight("weight", shape, features)]

@@ -20,12 +20,12 @@ from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.rewrite import rewrite
-from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, Fitted
-from onnx_lrs.planning.fitting import Fitter, fit_independently
+from onnx_lrs.planning.candidates import FIT, SELECT, Bench, Fitted
+from onnx_lrs.planning.fitting import Fitter, fit_independently, independent_roles
 from onnx_lrs.planning.gate import Gate
 from onnx_lrs.planning.guarantee import Promise, promise
 from onnx_lrs.planning.job import Clock, Job
-from onnx_lrs.planning.plan import PLAN, Curves, error_curves, weighted
+from onnx_lrs.planning.plan import PLAN, error_curves, weighted
 from onnx_lrs.planning.plan_file import read_plan
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.planning.search import (
@@ -43,10 +43,7 @@ from onnx_lrs.planning.sensitivity import sensitivities
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.timing import Stopwatch, Timing
 from onnx_lrs.planning.workers import Workers
-from onnx_lrs.report.result import (
-    SearchStep,
-    Totals,
-)
+from onnx_lrs.report.result import SearchStep, Totals
 from onnx_lrs.runtime.session import Feed, is_mapped
 from onnx_lrs.runtime.table import Device, Table
 from onnx_lrs.solvers import METHODS, Settings, Status
@@ -130,12 +127,11 @@ def plan_and_fit(job: Job, subject: Subject, material: Material, means: tuple[Wo
 
 def _fit_to_gain(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Outcome:
     """Fit every layer to its own error."""
-    split, gain = material.split, job.budget.gain
+    gain, roles = job.budget.gain, independent_roles(material)
     assert gain is not None
-    roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
     if shop.capture is not None:
         shop.capture.expect(subject.layers)
-    with clock.stage("fit", _step_count(subject.layers, roles, material, shop.setting, shop.bench.with_columns)):
+    with clock.stage("fit", _step_count(subject.layers, roles, shop)):
         fitted, items, left = fit_independently(subject.layers, gain, shop, roles, job.progress)
     if not fitted:
         why = "; ".join(sorted({status.value for status in left.values() if status is not Status.DENSE}))
@@ -164,11 +160,7 @@ def _fit_to_plan(job: Job, subject: Subject, material: Material, means: tuple[Sh
     if config.dry_run:
         return dataclasses.replace(outcome, fitted=_stand_ins(subject, plan, material.samples is not None))
     layers = fitter.chosen(plan)
-    split = material.split
-    roles: Roles = {} if split is None or in_cascade else {FIT: split.fit_and_select, JUDGE: split.held_out}
-    count = 2 * len(layers)
-    if not in_cascade:
-        count = _step_count(tuple(layers), roles, material, shop.setting, shop.bench.with_columns)
+    count = 2 * len(layers) if in_cascade else _step_count(tuple(layers), independent_roles(material), shop)
     with clock.stage("fit", count):
         fitted = fitter.full(plan, job.progress)
     return dataclasses.replace(outcome, fitted=fitted, cascaded=in_cascade)
@@ -179,7 +171,7 @@ def _collect(job: Job, subject: Subject, material: Material, shop: Shop, clock: 
     assert material.split is not None
     assert shop.shelf is not None
     roles: Roles = {FIT: material.split.fit, SELECT: material.split.select}
-    with clock.stage("statistics", _step_count(subject.layers, roles, material, shop.setting, shop.bench.with_columns)):
+    with clock.stage("statistics", _step_count(subject.layers, roles, shop)):
         for group in groups(subject.layers, len(roles), shop.setting.memory_bytes, shop.bench.with_columns):
             known = [layer.node for layer in group if shop.shelf.has(layer.node)]
             found = shop.captured(group, roles, job.progress, known)
@@ -214,9 +206,9 @@ def _in_cascade(job: Job, material: Material) -> bool:
 def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, Feed, Fitter], clock: Clock) -> Outcome:
     """Choose a candidate for each layer: error curves, weighed by how much each layer's error moves the outputs."""
     config, split, (shop, feed, fitter) = job.config, material.split, means
-    setting, work = shop.setting, shop.work
+    work = shop.work
     roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
-    with clock.stage("plan", _step_count(subject.layers, roles, material, setting, shop.bench.with_columns)):
+    with clock.stage("plan", _step_count(subject.layers, roles, shop)):
         curves, probes = error_curves(subject, shop, roles, job.progress)
     if probes and material.samples is not None and split is not None:
         with clock.stage("sensitivity", len(probes)):
@@ -226,7 +218,7 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
     if not job.budget.is_timed:
         kept = work.get(PLAN, str(job.budget))
         if kept is None:
-            kept = work.put(PLAN, str(job.budget), dict(make_plan_of(subject, curves, job.budget).chosen))
+            kept = work.put(PLAN, str(job.budget), dict(Planner(subject, curves, job.budget).plan().chosen))
         return Outcome({}, plan=Plan(kept))
     # a plan that was timed or judged is not kept for a run that goes on: the judging samples are not part of what the
     # work folder is known by, and the machine may be another; what was fitted is kept
@@ -235,24 +227,19 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
     with clock.stage("latency", timing.count):
         timing.prepare(curves, job.progress)
     try:
-        return _chosen(job, material, Planner(subject, curves, job.budget, timing), (fitter, feed), clock)
+        return _chosen(job, material, Planner(subject, curves, job.budget, timing), fitter, clock)
     finally:
         if asked and job.config.latency_table is not None:
             timing.table.write(pathlib.Path(job.config.latency_table))
 
 
-def make_plan_of(subject: Subject, curves: Curves, budget: Budget) -> Plan:
-    """Return the plan of a budget in which latency plays no part."""
-    return Planner(subject, curves, budget).plan()
-
-
-def _chosen(job: Job, material: Material, planner: Planner, means: tuple[Fitter, Feed], clock: Clock) -> Outcome:
+def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, clock: Clock) -> Outcome:
     """Return the plan for the budget: the knapsack's, corrected by the clock, or searched for by what is lost."""
-    subject, timing, budget, (fitter, feed) = planner.subject, planner.timing, job.budget, means
+    subject, timing, budget = planner.subject, planner.timing, job.budget
     assert timing is not None
     end_to_end = None
-    if timing.is_here and not is_mapped(subject.original):
-        end_to_end = EndToEnd(subject, Stopwatch(job.config.provider, job.config.threads, feed))
+    if timing.stopwatch is not None and not is_mapped(subject.original):
+        end_to_end = EndToEnd(subject, timing.stopwatch)
         calibrated(planner, end_to_end)
     if budget.max_drop is not None:
         gate = Gate(subject, material, budget.max_drop, (job.config.threads, job.config.seed), job.metric)
@@ -270,7 +257,7 @@ def _chosen(job: Job, material: Material, planner: Planner, means: tuple[Fitter,
     if end_to_end is None:
         return Outcome({}, plan=planner.plan(), timing=timing)
     with clock.stage("race", ROUNDS):
-        plan, _ = within_latency(planner, end_to_end, budget.latency, job.progress)
+        plan = within_latency(planner, end_to_end, budget.latency, job.progress)
     return Outcome({}, plan=plan, timing=timing)
 
 
@@ -302,15 +289,14 @@ def _timing(job: Job, subject: Subject, feed: Feed) -> Timing:
     stopwatch = Stopwatch(config.provider, config.threads, feed)
     place = None if config.latency_table is None else pathlib.Path(config.latency_table)
     if place is None or not place.exists():
-        return Timing(subject, stopwatch, Table.cached(here), digest)
+        return Timing(subject, stopwatch, Table.cached(here), digest, feed)
     table = Table.read(place)
     return Timing(subject, stopwatch if table.device == here else None, table, digest, feed)
 
 
-def _step_count(
-    layers: tuple[Layer, ...], roles: Roles, material: Material, setting: Setting, with_columns: bool
-) -> int:
+def _step_count(layers: tuple[Layer, ...], roles: Roles, shop: Shop) -> int:
+    """Return a step for each layer and each call of the passes over the data."""
     passes = 0
-    if material.samples is not None:
-        passes = len(groups(layers, len(roles), setting.memory_bytes, with_columns))
-    return len(layers) + passes * sum(steps(items, setting) for items in roles.values())
+    if shop.capture is not None:
+        passes = len(groups(layers, len(roles), shop.setting.memory_bytes, shop.bench.with_columns))
+    return len(layers) + passes * sum(steps(items, shop.setting) for items in roles.values())

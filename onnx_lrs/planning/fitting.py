@@ -93,8 +93,7 @@ class Fitter:
         return self._full[key]
 
     def _independently(self, plan: Plan, progress: Progress) -> dict[str, Fitted]:
-        layers, split = tuple(self.chosen(plan)), self._material.split
-        roles: Roles = {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
+        layers, roles = tuple(self.chosen(plan)), independent_roles(self._material)
         if self._shop.capture is not None:
             self._shop.capture.expect(layers)
         return fit_independently(layers, plan, self._shop, roles, progress)[0]
@@ -106,6 +105,12 @@ class Fitter:
         data = self._material.samples, self._material.split
         shop = self._shop.on_branch(plan_key(plan))
         return Cascade(self._subject, shop, data, self.fit == "cascade").run(self.chosen(plan), starts, progress)
+
+
+def independent_roles(material: Material) -> Roles:
+    """Return what layers that are fitted alone see in a pass of their own; nothing without data."""
+    split = material.split
+    return {} if split is None else {FIT: split.fit_and_select, JUDGE: split.held_out}
 
 
 def _from_shelf(bench: Bench, layer: Layer, shelf: Shelf, plan: Plan) -> tuple[Question, Candidate | float]:

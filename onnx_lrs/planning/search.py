@@ -83,7 +83,7 @@ class EndToEnd:
         models = self.assembled(plan), self.assembled(trial)
         return all(self._against(*models, LAYER_SECONDS) <= 1 for _ in range(2))
 
-    def without_idle(self, plan: Plan, timing: Timing, progress: Progress) -> Plan:
+    def without_idle(self, plan: Plan, timing: Timing) -> Plan:
         """Return a plan without the layers that do not make the network faster, the most doubtful asked first."""
         alive = alive_after(self._subject, plan)
         gains = {node: timing.gain_ns(self._layers[node], plan, alive) for node in plan.chosen}
@@ -99,7 +99,6 @@ class EndToEnd:
             else:
                 self._proven.add(node)
                 paying += 1
-            progress.step(self._layers[node].name)
         return current
 
 
@@ -149,7 +148,7 @@ class Planner:
         for layer in self.subject.layers:
             found = [self.timing.of(layer, c) for c in self.curves[layer.node]]
             dense = self.timing.dense(layer)
-            least += min(found, default=dense) - dense if min(found, default=dense) < dense else 0
+            least += min([dense, *found]) - dense
         return max((self.timing.now + least) / self.timing.before, 0.0)
 
 
@@ -166,8 +165,8 @@ def calibrated(planner: Planner, end_to_end: EndToEnd) -> None:
         planner.timing.calibrate(plan, end_to_end.ratio(plan))
 
 
-def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progress: Progress) -> tuple[Plan, float]:
-    """Return the plan of least loss whose measured latency keeps to a fraction of the original's, and that fraction.
+def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progress: Progress) -> Plan:
+    """Return the plan of least loss whose measured latency keeps to a fraction of the original's.
 
     Raises
     ------
@@ -176,7 +175,7 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
     """
     assert planner.timing is not None
     given, dense = wanted, frozenset[str]()
-    best: tuple[Plan, float] | None = None
+    best: Plan | None = None
     loosest, nearest = 0.0, np.inf
     for _ in range(ROUNDS):
         try:
@@ -185,13 +184,13 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
             if best is None and not np.isfinite(nearest):
                 raise
             break
-        kept = plan if planner.has_other_limits else end_to_end.without_idle(plan, planner.timing, Silent())
+        kept = plan if planner.has_other_limits else end_to_end.without_idle(plan, planner.timing)
         dense |= plan.chosen.keys() - kept.chosen.keys()
         real = end_to_end.ratio(kept) if kept.chosen else 1.0
         progress.step(f"{real:.3f} of the latency")
         nearest = min(nearest, real)
         if real <= wanted and given > loosest:
-            best, loosest = (kept, real), given
+            best, loosest = kept, given
         if CLOSE * wanted <= real <= wanted:
             break
         given = min(given * wanted / real * (1.0 if real <= wanted else 0.99), 1.0)
@@ -247,7 +246,7 @@ class Search:
             return self._nothing()
         plan = self._plan(high)
         if end_to_end is not None and timing is not None and plan is not None and not planner.has_other_limits:
-            kept = end_to_end.without_idle(plan, timing, Silent())
+            kept = end_to_end.without_idle(plan, timing)
             self._dense = frozenset(plan.chosen.keys() - kept.chosen.keys())
         return self._confirmed(high, floor, progress)
 

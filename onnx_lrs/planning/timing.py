@@ -87,18 +87,14 @@ class Timing:
         What is known already; what is measured joins it.
     digest : str
         The model, for its own latency in the table.
-    feed : dict of arrays, optional
-        What the model is timed on; that of the stopwatch, if there is one.
+    feed : dict of arrays
+        What the model is timed on.
     """
 
-    def __init__(
-        self, subject: Subject, stopwatch: Stopwatch | None, table: Table, digest: str, feed: Feed | None = None
-    ) -> None:
+    def __init__(self, subject: Subject, stopwatch: Stopwatch | None, table: Table, digest: str, feed: Feed) -> None:
         self._subject = subject
-        self._stopwatch = stopwatch
-        self._table = table
-        if feed is None:
-            feed = subject.feed if stopwatch is None else stopwatch.feed
+        self.stopwatch = stopwatch
+        self.table = table
         shapes = measure_shapes(subject.folded, subject.view, sorted(tensors_around(subject.layers)), feed, 1)
         self._smalls = {la.node: small_of(subject.view, la, shapes, subject.params) for la in subject.layers}
         self._gathers = {la.node: not _frees_producer(subject, la) for la in subject.layers}
@@ -112,17 +108,12 @@ class Timing:
     @property
     def is_here(self) -> bool:
         """Whether this machine is the device, so that what is missing can be measured."""
-        return self._stopwatch is not None
-
-    @property
-    def table(self) -> Table:
-        """All that is known, of other models too."""
-        return self._table
+        return self.stopwatch is not None
 
     @property
     def device(self) -> Device:
         """What the latencies hold for."""
-        return self._table.device
+        return self.table.device
 
     @property
     def count(self) -> int:
@@ -148,15 +139,15 @@ class Timing:
             self._measure(small, grid, afresh=True)
             self._interpolate(small, list(shapes))
             progress.step(small.op)
-        self._table.keep()
+        self.table.keep()
         self.before = self.now = round(NS_PER_MS * self.original_ms)
 
     def _original_ms(self) -> float:
-        if self._stopwatch is not None:
-            self._table.models[self._model] = self._stopwatch.model_ms(self._subject.original)
-        if self._model not in self._table.models:
+        if self.stopwatch is not None:
+            self.table.models[self._model] = self.stopwatch.model_ms(self._subject.original)
+        if self._model not in self.table.models:
             raise self._lacking("this model at this batch")
-        return self._table.models[self._model]
+        return self.table.models[self._model]
 
     def _lacking(self, what: str) -> ConfigError:
         return ConfigError(
@@ -166,9 +157,9 @@ class Timing:
 
     def _measure(self, small: Small, shapes: Iterable[Shape], afresh: bool = False) -> None:
         """Put what is missing into the table; with ``afresh`` the dense layer is timed again in any case."""
-        entry = self._table.layers.setdefault(small.key, Entry(0.0, {}))
+        entry = self.table.layers.setdefault(small.key, Entry(0.0, {}))
         missing = [shape for shape in shapes if shape != DENSE and shape.key not in entry.ratios]
-        if self._stopwatch is None:
+        if self.stopwatch is None:
             if not entry.dense_ms:
                 raise self._lacking(f"a layer of its kind ({small.op} {small.input_shape} -> {small.out})")
             self._dense_ms[small.key] = entry.dense_ms
@@ -176,14 +167,14 @@ class Timing:
         dense: list[float] = []
         for start in range(0, max(len(missing), int(afresh)), AT_ONCE):
             group = missing[start : start + AT_ONCE]
-            times = self._stopwatch.shapes_ms(small, [DENSE, *group])
+            times = self.stopwatch.shapes_ms(small, [DENSE, *group])
             dense.append(times[0])
             entry.ratios |= {shape.key: ms / times[0] for shape, ms in zip(group, times[1:], strict=True)}
         if afresh:
             self._dense_ms[small.key] = entry.dense_ms = float(np.median(dense))
 
     def _interpolate(self, small: Small, shapes: Sequence[Shape]) -> None:
-        known = self._table.layers[small.key].ratios
+        known = self.table.layers[small.key].ratios
         for shape, ratio in _interpolated(shapes, known).items():
             self._estimates[small.key, shape.key] = ratio
         for shape in shapes:
@@ -200,7 +191,7 @@ class Timing:
 
     def _ns(self, layer: Layer, shape: Shape) -> int:
         small = self._smalls[layer.node]
-        ratio = 1.0 if shape == DENSE else self._table.layers[small.key].ratios.get(shape.key)
+        ratio = 1.0 if shape == DENSE else self.table.layers[small.key].ratios.get(shape.key)
         if ratio is None:
             ratio = self._estimates.get((small.key, shape.key))
         if ratio is None:  # fewer outputs than any measured: in proportion
@@ -234,16 +225,16 @@ class Timing:
 
     def refine(self, plan: Plan) -> bool:
         """Measure what is only estimated in a plan; return whether anything was."""
-        if self._stopwatch is None:
+        if self.stopwatch is None:
             return False
         alive, found = alive_after(self._subject, plan), False
         for layer in self._subject.layers:
             small, shape = self._smalls[layer.node], self._in_plan(layer, plan, alive)
-            if shape != DENSE and shape.key not in self._table.layers[small.key].ratios:
+            if shape != DENSE and shape.key not in self.table.layers[small.key].ratios:
                 self._measure(small, [shape])
                 found = True
         if found:
-            self._table.keep()
+            self.table.keep()
         return found
 
     def calibrate(self, plan: Plan, real: float) -> None:
