@@ -55,13 +55,13 @@ from onnx_lrs.runtime.optimised import look_at_both
 from onnx_lrs.runtime.session import Feed, Session, check_provider, is_mapped
 from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Status
-from onnx_lrs.solvers.problem import Columns, ElementFactors, Factors, ProjectedFactors, SpatialFactors
+from onnx_lrs.solvers.problem import Columns, ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors
 from onnx_lrs.work import Identity, Work, refuse_file
 
 ROUNDING = 1e-3  # of a bound: the file's float32 weights
 KEPT = (  # in a folder
     *(Candidate, Columns, Fitted, Moments, Statistic, Status),
-    *(ElementFactors, Factors, ProjectedFactors, SpatialFactors),
+    *(ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors),
 )
 
 

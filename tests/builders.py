@@ -9,7 +9,14 @@ import onnxruntime
 import scipy.sparse
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lrs.solvers.problem import ElementFactors, Factors, ProjectedFactors, SpatialFactors, columns_of
+from onnx_lrs.solvers.problem import (
+    ElementFactors,
+    Factors,
+    ProjectedFactors,
+    SpatialFactors,
+    TuckerFactors,
+    columns_of,
+)
 
 OPSETS = (7, 9, 11, 13, 17, 26)  # 26 is the last one that ONNX Runtime 1.31 takes
 node = helper.make_node
@@ -110,6 +117,12 @@ def planted_projected(out: int, channels: int, taps: int, seed: int = 0) -> Proj
     random = np.random.default_rng(seed)
     left, right = random.standard_normal((out, 3, taps)), random.standard_normal((3, channels, 1))
     return ProjectedFactors(left, right, np.zeros(out))
+
+
+def planted_tucker(out: int, channels: int, taps: int, seed: int = 0) -> TuckerFactors:
+    random = np.random.default_rng(seed)
+    core, right = random.standard_normal((2, 3, taps)), random.standard_normal((3, channels, 1))
+    return TuckerFactors(core, right, np.zeros(out), random.standard_normal((out, 2)))
 
 
 def planted_elements(out: int, d: int, rank: int = 0, share: float = 0.1, seed: int = 0) -> ElementFactors:

@@ -35,6 +35,7 @@ FORMS = (
     "low-rank + channels",
     "spatial",
     "projected",
+    "tucker",
     "elements",
     "low-rank + elements",
 )
@@ -47,6 +48,7 @@ def layer(index: int, form: str = "low-rank + channels", **changes) -> LayerResu
         "shape": (512, 256, 3, 3),
         "form": form,
         "rank": 64,
+        "inner_rank": 32,
         "kept_channels": 120,
         "elements": 58_982,
         "channels": 256,
@@ -225,6 +227,7 @@ def test_many_reasons_are_cut_short():
         ("low-rank", "low-rank 64"),
         ("spatial", "spatial 64"),
         ("projected", "projected 64"),
+        ("tucker", "tucker 32, 64"),
         ("channels", "channels 120/256"),
         ("low-rank + channels", "low-rank 64 + channels 120/256"),
         ("elements", "elements 5.00 %"),

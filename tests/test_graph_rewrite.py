@@ -23,6 +23,7 @@ from tests.builders import (
     planted,
     planted_projected,
     planted_spatial,
+    planted_tucker,
     ranks,
     run,
     shapes,
@@ -36,6 +37,7 @@ NODES = {
     "both": ["{op}", "{op}", "Gather", "{op}", "Add"],
     "spatial": ["{op}", "{op}"],
     "projected": ["{op}", "{op}"],
+    "tucker": ["{op}", "{op}", "{op}"],
 }
 
 
@@ -154,15 +156,29 @@ def test_projected_conv(case, opset, bias):
     assert (len(first.input), len(second.input)) == (2, 2 + bias)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("opset", [7, 11, 26])
+@pytest.mark.parametrize("case", CONVS)
+def test_tucker_conv(case, opset, bias):
+    kernel, size, attrs = CONVS[case]
+    factors = planted_tucker(OUT, CHANNELS, int(np.prod(kernel)))
+    new = check(conv(factors, kernel, size, attrs, bias, opset), factors, "tucker", "Conv")
+    nodes, ones = new.graph.node[:3], (1,) * len(kernel)
+    assert [shapes(new)[n.input[1]] for n in nodes] == [(3, CHANNELS, *ones), (2, 3, *kernel), (OUT, 2, *ones)]
+    assert [len(n.input) for n in nodes] == [2, 2, 2 + bias]
+
+
 def planted_as(form, out, channels, kernel):
     taps = int(np.prod(kernel))
+    if form == "tucker":
+        return planted_tucker(out, channels, taps)
     if form == "spatial":
         return planted_spatial(out, channels, kernel)
     return planted_projected(out, channels, taps) if form == "projected" else planted(form, out, channels, taps)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("form", [*FORMS, "spatial", "projected"])
+@pytest.mark.parametrize("form", [*FORMS, "spatial", "projected", "tucker"])
 def test_conv_bias_shift(form, bias):
     kernel, size, attrs = CONVS["2d pads"]
     factors = planted_as(form, OUT, CHANNELS, kernel)
@@ -550,7 +566,7 @@ def test_two_readers_share_the_union_of_their_channels():
     close(run(model), run(result.model))
 
 
-@pytest.mark.parametrize("form", ["low_rank", "channels", "all_channels", "both", "spatial", "projected"])
+@pytest.mark.parametrize("form", ["low_rank", "channels", "all_channels", "both", "spatial", "projected", "tucker"])
 def test_the_producer_may_be_factorised_itself(form):
     factors = planted_as(form, B, A, (3, 3))
     factors = dataclasses.replace(factors, bias_shift=normal(B, seed=9).astype(np.float64))

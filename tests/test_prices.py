@@ -98,7 +98,9 @@ ROOM = {"gemm chain of opset 9": 2 * 4, "gemm chain with one bias": 48, "branche
 def candidate(layer: Layer, rng: np.random.Generator) -> Candidate | None:
     """Return some form that the layer may take; channels often, so that filters die."""
     square = len(layer.geometry.kernel) == 2 and min(layer.geometry.kernel) > 1 and set(layer.geometry.strides) == {1}
-    form = rng.choice(["dense", "low-rank", "channels", "channels", "low-rank + channels", *["spatial"] * square])
+    form = rng.choice(
+        ["dense", "low-rank", "channels", "channels", "low-rank + channels", *["spatial", "tucker"] * square]
+    )
     if form == "dense":
         return None
     rank = int(rng.integers(1, min(layer.out, layer.d) // 2)) if form != "channels" else 0
@@ -108,7 +110,11 @@ def candidate(layer: Layer, rng: np.random.Generator) -> Candidate | None:
     params = rank * (layer.out + layer.d) + count * layer.taps * layer.out
     if form == "spatial":
         params = rank * (layer.channels * height + layer.out * width)
-    return Candidate(str(form), rank, params, 0.1, support, 0.0)
+    inner = 0
+    if form == "tucker":
+        inner = int(rng.integers(1, layer.channels))
+        params = layer.channels * inner + inner * rank * layer.taps + rank * layer.out
+    return Candidate(str(form), rank, params, 0.1, support, 0.0, inner=inner)
 
 
 def random_plan(subject: Subject, seed: int) -> Plan:

@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 from onnx_lrs.solvers import Accumulator, Candidate, Settings, cascade, fit, spatial
 from onnx_lrs.solvers.activation import LINEAR, RELU, clip, leaky_relu
 from onnx_lrs.solvers.cascade import GRID, METRICS, Tried, refit
-from onnx_lrs.solvers.problem import Columns, Factors, Problem, ProjectedFactors, Response, SpatialFactors
-from tests.builders import planted, planted_elements, planted_projected, planted_spatial
+from onnx_lrs.solvers.problem import (
+    Columns,
+    Factors,
+    Problem,
+    ProjectedFactors,
+    Response,
+    SpatialFactors,
+    TuckerFactors,
+)
+from tests.builders import planted, planted_elements, planted_projected, planted_spatial, planted_tucker
 
 OUT, CHANNELS = 9, 12
 
@@ -186,19 +194,25 @@ def test_a_layer_without_a_bias_keeps_none():
     assert not found.sparse.size
 
 
+def alone(problem, form):
+    """Return the factors of rank 3 (Tucker-2: 3, 3) fitted to the layer alone."""
+    wanted = Candidate(form, 3, 0, 0.0, np.zeros(0, np.int64), 1e-3, inner=3 if form == "tucker" else 0)
+    return fit(dataclasses.replace(problem, response=None, columns=None, checks=None), wanted, "lrs").factors
+
+
 @pytest.mark.parametrize(
     ("form", "kernel", "kind"),
     [
         ("spatial", (3, 3), SpatialFactors),
         ("spatial", (3, 2), SpatialFactors),
         ("projected", (3, 2), ProjectedFactors),
+        ("tucker", (3, 2), TuckerFactors),
     ],
 )
-def test_a_form_in_two_steps_is_no_worse_than_its_start_and_meets_the_mean(form, kernel, kind):
+def test_a_chain_is_no_worse_than_its_start_and_meets_the_mean(form, kernel, kind):
     channels = 5
     problem = drawn(7, OUT, channels, kernel[0] * kernel[1], kernel=kernel)
-    alone = dataclasses.replace(problem, response=None, columns=None, checks=None)
-    start = fit(alone, Candidate(form, 3, 0, 0.0, np.zeros(0, np.int64), 1e-3), "lrs").factors
+    start = alone(problem, form)
     assert type(start) is kind
     found = refit(problem, start)
     assert type(found.factors) is kind
@@ -211,13 +225,12 @@ def test_a_form_in_two_steps_is_no_worse_than_its_start_and_meets_the_mean(form,
     np.testing.assert_allclose(near.mean(axis=0), y.mean(axis=0), atol=1e-3)
 
 
-@pytest.mark.parametrize(("form", "share"), [("spatial", 0.99), ("projected", 0.999)])
+@pytest.mark.parametrize(("form", "share"), [("spatial", 0.99), ("projected", 0.999), ("tucker", 0.9999)])
 @pytest.mark.parametrize("activation", [LINEAR, RELU], ids=["linear", "behind a relu"])
-def test_both_factors_of_a_form_in_two_steps_are_fitted_again(activation, form, share, monkeypatch):
+def test_both_ends_of_a_chain_are_fitted_again(activation, form, share, monkeypatch):
     problem = drawn(7, OUT, 5, 9, kernel=(3, 3), activation=activation)
     problem = dataclasses.replace(problem, checks=problem.columns)
-    alone = dataclasses.replace(problem, response=None, columns=None, checks=None)
-    start = fit(alone, Candidate(form, 3, 0, 0.0, np.zeros(0, np.int64), 1e-3), "lrs").factors
+    start = alone(problem, form)
     found = refit(problem, start)
     monkeypatch.setattr(spatial, "STEPS", 0)
     left_only = refit(problem, start)
@@ -228,12 +241,13 @@ def test_both_factors_of_a_form_in_two_steps_are_fitted_again(activation, form, 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rows", [3, 40])
-@pytest.mark.parametrize("kind", [SpatialFactors, ProjectedFactors])
-def test_a_form_in_two_steps_is_never_worse_on_the_checks_than_its_start(kind, rows, seed):
+@pytest.mark.parametrize("kind", [SpatialFactors, ProjectedFactors, TuckerFactors])
+def test_a_chain_is_never_worse_on_the_checks_than_its_start(kind, rows, seed):
     problem = drawn(seed, OUT, 5, 9, rows=rows, kernel=(3, 3), activation=RELU)
     rng = np.random.default_rng(seed)
-    second, first = (9, 1) if kind is ProjectedFactors else (3, 3)
-    start = kind(rng.standard_normal((OUT, 2, second)), rng.standard_normal((2, 5, first)), np.zeros(OUT))
+    second, first = (3, 3) if kind is SpatialFactors else (9, 1)
+    wide, outer = (3, [rng.standard_normal((OUT, 3))]) if kind is TuckerFactors else (OUT, [])
+    start = kind(rng.standard_normal((wide, 2, second)), rng.standard_normal((2, 5, first)), np.zeros(OUT), *outer)
     found = refit(problem, start)
     assert found.errors[2] <= found.errors[1] <= found.errors[0]
     assert error(problem, found.factors, problem.checks) <= error(problem, start, problem.checks) * (1 + 1e-6)
@@ -245,11 +259,18 @@ def test_of_dampings_that_fit_alike_the_weakest_goes_on_behind_an_activation():
     assert cascade._least(tried, tie=False) == 1.0
 
 
-@pytest.mark.parametrize("exact", [planted_spatial(OUT, 5, (3, 3), seed=2), planted_projected(OUT, 5, 9, seed=2)])
-def test_a_planted_kernel_in_two_steps_is_found_from_its_own_weight(exact):
+@pytest.mark.parametrize(
+    "exact",
+    [
+        planted_spatial(OUT, 5, (3, 3), seed=2),
+        planted_projected(OUT, 5, 9, seed=2),
+        planted_tucker(OUT, 5, 9, seed=2),
+    ],
+)
+def test_a_planted_chain_is_found_from_its_own_weight(exact):
     x = np.random.default_rng(8).standard_normal((900, 45))
     problem = made(exact.dense(), x, x @ exact.dense().T + 1.0, taps=9, kernel=(3, 3), bias=np.zeros(OUT))
-    nothing = type(exact)(0 * exact.left, exact.right, np.zeros(OUT))
+    nothing = dataclasses.replace(exact, left=0 * exact.left)
     found = refit(problem, nothing, (1e-6,), ())
     np.testing.assert_allclose(found.factors.dense(), exact.dense(), atol=1e-3 * np.abs(exact.dense()).max())
 

@@ -515,7 +515,10 @@ def test_an_edited_plan_is_obeyed(plan, fit):
     result = squeeze(plan=plan, method="lrs", fit=fit)
     assert forms(result) == [("conv2", "spatial", 5, 0), ("fc1", "low-rank + channels", 7, 3)]
     assert all(0 < layer.error < 1 for layer in result.layers)
-    edited(plan, "conv2", form="dense")
+    edited(plan, "conv2", form="tucker", rank=6, inner_rank=9)
+    result = squeeze(plan=plan, method="lrs", fit=fit)
+    assert [(la.form, la.inner_rank, la.rank) for la in result.layers if la.name == "conv2"] == [("tucker", 9, 6)]
+    edited(plan, "conv2", form="dense", inner_rank=None)
     edited(plan, "fc1", form="channels", rank=0, kept_channels=[2], damping=None)
     result = squeeze(plan=plan, method="lrs", fit=fit)
     assert forms(result) == [("conv2", "dense", 0, 0), ("fc1", "channels", 0, 1)]
@@ -538,6 +541,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "kept_channels is [768]; it lists different channels from 0 to",
     ),
     ({"form": "low-rank", "rank": 4, "kept_channels": None, "elements": 3}, "elements is 3"),
+    ({"form": "low-rank", "rank": 4, "kept_channels": None, "inner_rank": 3}, "inner_rank is 3"),
+    ({"form": "tucker", "rank": 4, "kept_channels": None}, "form is 'tucker'; only 2-D convolutions"),
     ({"form": "low-rank", "rank": 4, "kept_channels": None, "damping": -1}, "damping is -1"),
     ({"form": "low-rank", "rank": 4, "kept_channels": None, "damping": "much"}, "damping is 'much'"),
 ]

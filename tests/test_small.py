@@ -123,6 +123,9 @@ def weights_of(layer: Layer, shape: Shape) -> list[tuple[int, ...]]:
     def of(rows: int, columns: int, spread: tuple[int, ...]) -> tuple[int, ...]:
         return (rows, columns, *spread) if layer.op == "Conv" else rows_first(layer, rows, columns)
 
+    if shape.form == "tucker":
+        one, core, other = (shape.inner, layer.channels), (shape.rank, shape.inner), (out, shape.rank)
+        return [(*one, *ones), (*core, *kernel), (*other, *ones)]
     if shape.form == "spatial":
         return [(shape.rank, layer.channels, kernel[0], 1), (out, shape.rank, 1, kernel[1])]
     found = [of(shape.rank, layer.channels, kernel), of(out, shape.rank, ones)] if shape.rank else []
@@ -142,6 +145,8 @@ SHAPES = {
     "all at once": Shape("low-rank + channels", 8, 16, 24),
     "spatial": Shape("spatial", 8),
     "spatial with fewer outputs": Shape("spatial", 8, 0, 24),
+    "tucker": Shape("tucker", 8, inner=12),
+    "tucker with fewer outputs": Shape("tucker", 8, 0, 24, inner=12),
 }
 
 
@@ -150,7 +155,8 @@ SHAPES = {
 def test_every_layer_runs_in_every_shape(name, wanted):
     small, layer = alone(NETS[name])
     shape = SHAPES[wanted]
-    if shape.form == "spatial" and (len(layer.geometry.kernel) != 2 or set(layer.geometry.strides) != {1}):
+    square = len(layer.geometry.kernel) == 2 and set(layer.geometry.strides) == {1}
+    if shape.form in ("spatial", "tucker") and not square:
         return  # no such candidate
     model, feed = build_small(small, shape)
     neighbours = {"input.weight", "shortcut.weight"}

@@ -6,6 +6,7 @@ from random starts, planted solutions.
 
 import dataclasses
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from onnx_lrs.solvers import (
     ProjectedFactors,
     SpatialFactors,
     Status,
+    TuckerFactors,
     curve,
     fit,
     objective,
@@ -32,7 +34,7 @@ from onnx_lrs.solvers import (
 from onnx_lrs.solvers.channels import eliminate, inverse_spd, removal_scores
 from onnx_lrs.solvers.closed_form import DATA_FREE, FAMILIES, NO_CHANNELS, candidates, data_free_split, refit
 from onnx_lrs.solvers.problem import columns_of, judged
-from onnx_lrs.solvers.projected import fit_projected, projected_candidates
+from onnx_lrs.solvers.projected import TUCKER, fit_projected, fit_tucker, projected_candidates
 from onnx_lrs.solvers.solve import undominated
 from onnx_lrs.solvers.spatial import fit_spatial, spatial_candidates
 from onnx_lrs.solvers.spectral import (
@@ -45,7 +47,7 @@ from onnx_lrs.solvers.spectral import (
     splits,
     unexplained,
 )
-from tests.builders import planted_projected
+from tests.builders import planted_projected, planted_tucker
 
 NAMES = sorted(FAMILIES)
 
@@ -1078,11 +1080,12 @@ def test_projected_candidates_are_judged_on_the_other_samples_and_cost_what_they
     problem = spatial_problem(77, channels=6)
     found = projected_candidates(problem, 1, DAMPING)
     assert found
-    assert {candidate.form for candidate in found} == {projected.FORM}
+    assert {candidate.form for candidate in found} == {projected.FORM, TUCKER}
     validation = problem.validation or problem.moments
     for candidate in found:
         solution = fit(problem, candidate, "lrs")
-        assert isinstance(solution.factors, ProjectedFactors)
+        assert type(solution.factors) is (TuckerFactors if candidate.inner else ProjectedFactors)
+        assert candidate.rank == solution.factors.rank
         assert candidate.params == solution.factors.params <= 0.95 * problem.params
         assert judged(problem.weight, solution.factors, validation) ** 2 <= candidate.loss * 1.5
     assert not projected_candidates(dataclasses.replace(problem, kernel=None), 1, DAMPING)
@@ -1094,4 +1097,70 @@ def test_the_curve_takes_the_projected_form_where_channels_are_alike():
     problem = dataclasses.replace(spatial_problem(78, kernel=(3, 3), channels=6, out=12), weight=planted.dense())
     best = min((c for c in curve(problem, "lrs", 1) if c.params <= planted.params), key=lambda c: c.loss)
     assert (best.form, best.rank) == ("projected", 3)
+    assert best.loss < 1e-12
+
+
+# --- Tucker-2 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [(3, 2), (1, 3), (3, 1)])
+def test_a_planted_tucker_kernel_is_found(kernel):
+    planted = planted_tucker(6, 4, kernel[0] * kernel[1], seed=81)
+    assert planted.params == 3 * 4 + 2 * 3 * planted.left.shape[2] + 6 * 2
+    problem = dataclasses.replace(spatial_problem(81, kernel=kernel), weight=planted.dense())
+    factors, _ = fit_tucker(problem, 3, 2, DAMPING)
+    np.testing.assert_allclose(factors.dense(), planted.dense(), atol=1e-6)
+    expanded = np.einsum("os,srt,ri->oit", factors.outer, factors.left, factors.right[:, :, 0])
+    np.testing.assert_allclose(factors.dense(), expanded.reshape(6, -1), rtol=1e-12, atol=1e-12)
+    means = (planted.dense() - factors.dense()) @ problem.moments.mean
+    np.testing.assert_allclose(factors.bias_shift, means, atol=1e-9)
+
+
+def test_tucker_of_full_outer_rank_is_the_projected_form():
+    problem = spatial_problem(82, kernel=(3, 3))
+    tucker, history = fit_tucker(problem, 2, problem.out, DAMPING)
+    plain, expected = fit_projected(problem, 2, DAMPING)
+    np.testing.assert_allclose(tucker.dense(), plain.dense(), atol=1e-9 * np.abs(plain.dense()).max())
+    np.testing.assert_allclose(history, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_for_the_right_that_it_found_no_tucker_kernel_of_its_ranks_is_better(seed):
+    """Against the best rank-s approximation by the singular values of left times a root of the normal equations."""
+    problem = spatial_problem(83 + seed, kernel=(3, 3))
+    metric = damped(problem)
+    factors, history = fit_tucker(problem, 3, 2, DAMPING)
+    assert history[0] >= history[1] >= history[2] > 0
+    assert history[-1] == pytest.approx(j_of(problem.weight, factors.dense(), metric), rel=1e-6)
+    read = np.einsum("tu,ri->rtiu", np.eye(9), factors.right[:, :, 0]).reshape(27, -1)
+    root = np.linalg.cholesky(read @ metric @ read.T)
+    best = np.linalg.solve(read @ metric @ read.T, read @ metric @ problem.weight.T).T
+    u, sigma, v = np.linalg.svd(best @ root, full_matrices=False)
+    cut = (u[:, :2] * sigma[:2]) @ v[:2] @ np.linalg.inv(root)
+    assert history[-1] == pytest.approx(j_of(problem.weight, cut @ read, metric), rel=1e-6)
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_the_loss_of_a_tucker_candidate_is_that_of_the_best_core_for_its_start(data):
+    problem = spatial_problem(88, kernel=(3, 3), channels=6, data=data)
+    found = [c for c in projected_candidates(problem, 1, DAMPING) if c.inner]
+    assert found
+    judge = problem.validation or problem.moments
+    for candidate in found:
+        with mock.patch.object(spatial, "STEPS", 0):  # right stays where it starts
+            factors, _ = fit_tucker(problem, candidate.inner, candidate.rank, DAMPING)
+        assert candidate.params == factors.params < problem.params
+        difference = problem.weight - factors.dense()
+        if judge is None:
+            assert candidate.loss == pytest.approx(np.vdot(difference, difference), rel=1e-6)
+            continue
+        miss = difference @ (judge.mean - problem.moments.mean)
+        assert candidate.loss == pytest.approx(np.vdot(difference @ judge.cov, difference) + miss @ miss, rel=1e-6)
+
+
+def test_the_curve_takes_tucker_where_inputs_and_outputs_are_alike():
+    planted = planted_tucker(12, 6, 9, seed=89)
+    problem = dataclasses.replace(spatial_problem(89, kernel=(3, 3), channels=6, out=12), weight=planted.dense())
+    best = min((c for c in curve(problem, "lrs", 1) if c.params <= planted.params), key=lambda c: c.loss)
+    assert (best.form, best.inner, best.rank) == (TUCKER, 3, 2)
     assert best.loss < 1e-12

@@ -65,6 +65,16 @@ def test_forms_are_not_mixed():
     assert [found[shape] for shape in wanted[:3]] == [0.5, 2.0, 3.0]
 
 
+def test_tucker_lies_on_a_line_of_both_ranks():
+    def tucker(inner: int, rank: int) -> Shape:
+        return Shape("tucker", rank, inner=inner)
+
+    assert len({tucker(8, 16).key, tucker(16, 8).key, Shape("tucker", 16).key}) == 3
+    known = {tucker(8, 16).key: 0.2, tucker(24, 32).key: 0.6}
+    found = _interpolated([tucker(8, 16), tucker(16, 24), tucker(24, 16), tucker(24, 32)], known)
+    assert found == {tucker(16, 24): pytest.approx(0.4), tucker(24, 16): pytest.approx(0.4)}
+
+
 def test_a_pair_takes_what_both_parts_take_and_what_the_measured_pairs_took_beyond():
     known = {low(r).key: 0.01 * r for r in RANKS} | {Shape("channels", 0, k).key: 0.02 * k for k in KEPT}
     every = [Shape("low-rank + channels", r, k) for r in RANKS for k in KEPT]

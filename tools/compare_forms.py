@@ -59,15 +59,15 @@ from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.closed_form import importance
 from onnx_lrs.solvers.moments import Moments
 from onnx_lrs.solvers.problem import Problem
-from onnx_lrs.solvers.projected import fit_projected, flattened
-from onnx_lrs.solvers.spatial import ByTap, by_tap, fit_spatial
+from onnx_lrs.solvers.projected import TUCKER, fit_projected, fit_tucker, tucker_params
+from onnx_lrs.solvers.spatial import fit_spatial
 from onnx_lrs.solvers.spectral import assemble, choose_damping, damped, reduce_rows, splits
 
 Array = NDArray[np.float64]
 Source = Literal["all", "gather", "gather rest", "slice", "first", "rest"]
 LOW_RANK, SPATIAL, PROJECTED, CHANNELS, BOTH = "low-rank", "spatial", "projected", "channels", "low-rank + channels"
 CUT = "channels, producer cut"
-HOUSE = (LOW_RANK, SPATIAL, PROJECTED, CHANNELS, CUT, BOTH)  # what onnx-lrs writes
+HOUSE = (LOW_RANK, SPATIAL, PROJECTED, TUCKER, CHANNELS, CUT, BOTH)  # what onnx-lrs writes
 WINDOW = (0.2, 0.8)  # of the dense latency
 GAIN = 0.03  # a relative fall of the error that counts
 ROUNDS = 2  # of alternation for the forms that need one
@@ -289,29 +289,20 @@ def projected_trials(bed: Bed) -> Iterator[Trial]:
 
 
 def tucker_trials(bed: Bed) -> Iterator[Trial]:
-    """Yield 1 x 1 -> k x k -> 1 x 1: outputs and inputs projected in turn, each the best for the other."""
+    """Yield Tucker-2, 1 x 1 -> k x k -> 1 x 1, its ranks alike as shares of channels and outputs."""
     problem, taps, out = bed.problem, bed.problem.taps, bed.layer.out
     few = 0.05 * problem.params  # so that no rank is too small by itself
     outer = bed.ranks(min(out, problem.d), 1.0, few, 6)
     pairs = [
-        (inner, rank, bed.layer.channels * inner + inner * rank * taps + rank * out)
+        (inner, rank, tucker_params(bed.layer.channels, out, taps, (inner, rank)))
         for inner, rank in itertools.product(bed.ranks(bed.layer.channels, 1.0, few, 4), outer)
     ]
     pairs = [pair for pair in pairs if abs(pair[0] / bed.layer.channels - pair[1] / out) <= 0.25]
     pairs = [pair for pair in pairs if 0.05 <= pair[2] / problem.params <= 0.8]
     for inner, rank, params in pairs[:: max(len(pairs) // 8, 1)]:
-        basis = _top(problem.weight @ bed.metric @ problem.weight.T, rank)
-        right = projection(bed, basis.T @ problem.weight, inner)
-        for _ in range(ROUNDS):
-            rows = dataclasses.replace(flattened(problem), weight=basis.T @ problem.weight)
-            _, right = alternated(by_tap(rows, bed.metric), right, rounds=1)
-            goal = by_tap(flattened(problem), bed.metric)
-            left = goal.regression(right).left()
-            approximation = _dense(left, right)
-            basis = _top(approximation @ bed.metric @ approximation.T, rank)
+        factors, _ = fit_tucker(problem, inner, rank, bed.damping)
         branch = Branch("all", (Part(inner), Part(rank, bed.kernel), Part(out)))
-        error = bed.error(basis @ (basis.T @ approximation))
-        yield Trial("1x1 -> kxk -> 1x1", f"ranks {inner}, {rank}", (branch,), 0, params, error)
+        yield Trial(TUCKER, f"ranks {inner}, {rank}", (branch,), 0, params, bed.error(factors.dense()))
 
 
 def centre_trials(bed: Bed) -> Iterator[Trial]:
@@ -356,33 +347,8 @@ def grouped_trials(bed: Bed) -> Iterator[Trial]:
 TRIALS = (low_rank_trials, spatial_trials, projected_trials, tucker_trials, centre_trials, grouped_trials)
 
 
-def _dense(left: Array, right: Array) -> Array:
-    """Return E from left (out, rank, taps) and right (rank, channels, 1)."""
-    dense: Array = np.einsum("ort,ri->oit", left, right[:, :, 0], optimize=True).reshape(len(left), -1)
-    return dense
-
-
 def _top(gram: Array, rank: int) -> Array:
     return np.ascontiguousarray(np.linalg.eigh(gram)[1][:, ::-1][:, :rank])
-
-
-def projection(bed: Bed, weight: Array, rank: int) -> Array:
-    """Return where to start: the best projection of the channels were the taps uncorrelated, (rank, channels, 1)."""
-    taps = bed.problem.taps
-    moment = np.mean([bed.metric[t::taps, t::taps] for t in range(taps)], axis=0)
-    rows = weight.reshape(len(weight), -1, taps).transpose(0, 2, 1).reshape(-1, len(moment))
-    factor = scipy.linalg.cholesky(moment, lower=True)
-    seen = rows @ factor
-    basis = _top(seen.T @ seen, rank)
-    return np.ascontiguousarray(scipy.linalg.solve_triangular(factor, basis, lower=True, trans="T").T[:, :, None])
-
-
-def alternated(goal: ByTap, right: Array, rounds: int = ROUNDS) -> tuple[Array, Array]:
-    """Return left and right after some rounds, each the best (right: some steps toward it) for the other."""
-    left = goal.regression(right).left()
-    for _ in range(rounds):
-        *_, (left, right) = goal.halves(right, steps=True)
-    return left, right
 
 
 def natural(bed: Bed, group: int) -> NDArray[np.int64]:

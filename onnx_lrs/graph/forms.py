@@ -4,7 +4,7 @@
 and dilations, ``left`` a 1x1 Conv (Gemm: two Gemms, MatMul: two MatMuls); S becomes a Gather of the kept channels and a
 layer of the same op on them; where both exist an Add joins them. The bias is added once, by the last node of a chain.
 
-Two more forms of a k x k Conv are chains as well: k x 1 -> 1 x k, and 1 x 1 -> k x k.
+More forms of a k x k Conv are chains as well: k x 1 -> 1 x k, 1 x 1 -> k x k, and 1 x 1 -> k x k -> 1 x 1.
 
 S with single entries joins the weight instead of the output: one layer whose weight ``left @ right + S`` is computed
 from constants. A runtime does that once, at load (ONNX Runtime folds it away), and then runs the dense layer: a smaller
@@ -26,7 +26,14 @@ from onnx_lrs.graph.layers import Geometry, Layer
 from onnx_lrs.graph.model import sparse_bytes, sparse_tensor
 from onnx_lrs.graph.splice import Names, SparseConstant, stored_constant
 from onnx_lrs.graph.weights import Scratch
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, ProjectedFactors, SpatialFactors
+from onnx_lrs.solvers.problem import (
+    AnyFactors,
+    ElementFactors,
+    Factors,
+    ProjectedFactors,
+    SpatialFactors,
+    TuckerFactors,
+)
 
 Floats = NDArray[np.float64]
 GEMM_C_OPTIONAL = 11  # the opset since which Gemm's third input may be left out
@@ -175,13 +182,21 @@ def _spatial(site: Site, factors: SpatialFactors, x: gs.Tensor, y: gs.Tensor) ->
 
 
 def _projected(site: Site, factors: ProjectedFactors, x: gs.Tensor, y: gs.Tensor) -> list[gs.Node]:
-    """Return 1 x 1 -> k x k; the second Conv is the layer's own on fewer channels, with its strides and pads."""
+    """Return 1 x 1 -> k x k, for Tucker-2 with a 1 x 1 behind it.
+
+    The k x k Conv is the layer's own on fewer channels, with its strides and pads.
+    """
     middle = site.tensor("projected")
     ones = [1] * len(site.layer.geometry.kernel)
     projection = site.constant("projection", factors.right.reshape(*factors.right.shape[:2], *ones))
     name = site.names.fresh(f"{site.layer.name}.projection_product")
     first = gs.Node("Conv", name, {"kernel_shape": ones}, [x, projection], [middle])
-    return [first, _product(site, "kernel", factors.left.reshape(len(factors.left), -1), middle, y, with_bias=True)]
+    kernel = factors.left.reshape(len(factors.left), -1)
+    if not isinstance(factors, TuckerFactors):
+        return [first, _product(site, "kernel", kernel, middle, y, with_bias=True)]
+    core = site.tensor("core")
+    second = _product(site, "core", kernel, middle, core, with_bias=False)
+    return [first, second, _pointwise(site, "outer", factors.outer, core, y)]
 
 
 def _axis(geometry: Geometry, axis: int) -> Geometry:

@@ -24,7 +24,14 @@ from onnx_lrs.graph.layers import Geometry, Layer, find
 from onnx_lrs.graph.model import View, array_tensor, is_standard
 from onnx_lrs.graph.rewrite import ELEMENTWISE, POOLS, rewrite
 from onnx_lrs.solvers.activation import Activation
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, ProjectedFactors, SpatialFactors
+from onnx_lrs.solvers.problem import (
+    AnyFactors,
+    ElementFactors,
+    Factors,
+    ProjectedFactors,
+    SpatialFactors,
+    TuckerFactors,
+)
 
 OPSET, IR_VERSION = 13, 8
 COLDEST = 6  # log2 of the MiB that are let go by at most
@@ -64,7 +71,8 @@ class Small:
 class Shape:
     """The shape of factors: a form with its rank and number of kept channels, and how many outputs are left.
 
-    ``gathered``: the kept channels are picked from all of them; else the input holds no others.
+    ``gathered``: the kept channels are picked from all of them; else the input holds no others. ``inner`` is the inner
+    rank of Tucker-2.
     """
 
     form: str = "dense"
@@ -72,11 +80,18 @@ class Shape:
     kept: int = 0
     outputs: int | None = None
     gathered: bool = True
+    inner: int = 0
 
     @property
     def key(self) -> str:
         """A text that is equal for equal shapes, and only for those."""
-        return f"{self.form},{self.rank},{self.kept},{self.outputs},{int(self.gathered)}"
+        inner = f",{self.inner}" if self.inner else ""
+        return f"{self.form},{self.rank},{self.kept},{self.outputs},{int(self.gathered)}{inner}"
+
+    @property
+    def size(self) -> int:
+        """What latency grows with, of shapes that differ in nothing else."""
+        return self.rank + self.kept + self.inner
 
 
 def small_of(view: View, layer: Layer, shapes: Mapping[str, tuple[int, ...]], weights: int) -> Small:
@@ -165,6 +180,9 @@ def random_factors(layer: Layer, shape: Shape, support: NDArray[np.int64] | None
     if shape.form == "projected":
         left = draw(layer.out, rank * layer.taps).reshape(layer.out, rank, layer.taps)
         return ProjectedFactors(left, draw(rank, layer.channels)[:, :, None], shift)
+    if shape.form == "tucker":
+        core = draw(rank, shape.inner * layer.taps).reshape(rank, shape.inner, layer.taps)
+        return TuckerFactors(core, draw(shape.inner, layer.channels)[:, :, None], shift, draw(layer.out, rank))
     if support is None:
         support = np.sort(generator.choice(layer.channels, shape.kept, replace=False))
     sparse = draw(layer.out, max(len(support) * layer.taps, 1))[:, : len(support) * layer.taps]

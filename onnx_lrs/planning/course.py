@@ -51,7 +51,7 @@ from onnx_lrs.solvers.problem import AnyFactors
 from onnx_lrs.work import Work
 
 SHELF_SHARE = 4  # of the memory holds statistics between plan and fit; the rest goes to disk
-CHANNEL_FORMS = ("low-rank", "channels", "low-rank + channels", "spatial", "projected")
+CHANNEL_FORMS = ("low-rank", "channels", "low-rank + channels", "spatial", "projected", "tucker")
 ELEMENT_FORMS = ("low-rank", "elements", "low-rank + elements")
 MIXED_FORMS = ("low-rank", "channels", "low-rank + channels")
 FORMS = {  # that a method fits, where it is not all of CHANNEL_FORMS

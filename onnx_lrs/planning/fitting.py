@@ -29,7 +29,7 @@ Fit = tuple[Fitted | Status, NDArray[np.int64] | None]  # of one layer, or why i
 
 def candidate_key(candidate: Candidate) -> str:
     """Return a short text that is equal for equal candidates."""
-    said = f"{candidate.form} {candidate.rank} {candidate.elements} {candidate.damping!r} ".encode()
+    said = f"{candidate.form} {candidate.rank} {candidate.elements} {candidate.inner} {candidate.damping!r} ".encode()
     return hashlib.sha256(said + np.asarray(candidate.support, np.int64).tobytes()).hexdigest()[:16]
 
 

@@ -15,11 +15,12 @@ from onnx_lrs.errors import ConfigError, OutputError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.solvers import Candidate
+from onnx_lrs.solvers.projected import TUCKER, tucker_params
 from onnx_lrs.work import replacing
 
 FORMAT = 1
 DENSE = "dense"
-TWO_STEP = ("spatial", "projected")
+CHAINS = ("spatial", "projected", TUCKER)  # of a k x k kernel
 REMEDY = "Mend the entry, or let a run write a new plan into a new file."
 
 
@@ -67,6 +68,8 @@ def _entry(layer: Layer, chosen: Candidate | None, latency: tuple[float, float] 
     if chosen is None:
         return entry
     entry |= {"form": chosen.form, "rank": chosen.rank, "damping": chosen.damping}
+    if chosen.inner:
+        entry["inner_rank"] = chosen.inner
     if chosen.elements:
         entry["elements"] = chosen.elements
     if len(chosen.support):
@@ -113,17 +116,20 @@ def _candidate(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], form
     if form not in forms:
         raise refuse("form", f"it is one of {', '.join((DENSE, *forms))}")
     kernel = layer.geometry.kernel
-    if form in TWO_STEP and (layer.op != "Conv" or len(kernel) != 2 or set(layer.geometry.strides) != {1}):
+    if form in CHAINS and (layer.op != "Conv" or len(kernel) != 2 or set(layer.geometry.strides) != {1}):
         raise refuse("form", "only 2-D convolutions with a stride of 1 are taken apart like this")
-    if form in TWO_STEP and (min(kernel) < 2 if form == "spatial" else layer.taps < 2):
+    if form in CHAINS and (min(kernel) < 2 if form == "spatial" else layer.taps < 2):
         raise refuse("form", "this layer has no k x k kernel to take apart")
     most, cost = min(layer.out, layer.d), layer.out + layer.d
-    if form in TWO_STEP:
+    if form in CHAINS and form != TUCKER:
         height, width = kernel if form == "spatial" else (1, layer.taps)
         most, cost = min(layer.channels * height, layer.out * width), layer.channels * height + layer.out * width
     ranked = form not in ("channels", "elements")
     if not isinstance(rank, int) or not ranked <= rank <= most * ranked:
         raise refuse("rank", f"it is a whole number from 1 to {most}, 0 for channels or elements alone")
+    inner, widest = entry.get("inner_rank", 0), layer.channels if form == TUCKER else 0
+    if not isinstance(inner, int) or not bool(widest) <= inner <= widest:
+        raise refuse("inner_rank", f"it is a whole number from 1 to {layer.channels} for {TUCKER}, else left out")
     kept = entry.get("kept_channels", [])
     whole = isinstance(kept, list) and all(isinstance(k, int) and 0 <= k < layer.channels for k in kept)
     if not whole or len(set(kept)) != len(kept) or ("channels" in form) != bool(kept):
@@ -134,5 +140,7 @@ def _candidate(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], form
     if damping is not None and not (isinstance(damping, int | float) and 0 <= damping < math.inf):
         raise refuse("damping", "it is a number from 0 up, or left out")
     params = rank * cost + len(kept) * layer.taps * layer.out + elements
+    if inner:
+        params = tucker_params(layer.channels, layer.out, layer.taps, (inner, rank))
     support = np.array(kept, np.int64)
-    return Candidate(form, rank, params, math.nan, support, math.nan if damping is None else damping, elements)
+    return Candidate(form, rank, params, math.nan, support, math.nan if damping is None else damping, elements, inner)

@@ -16,6 +16,7 @@ from onnx_lrs.graph.model import sparse_bytes, stored_bytes, weight_count
 from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.projected import FORM as PROJECTED
+from onnx_lrs.solvers.projected import TUCKER
 from onnx_lrs.solvers.spatial import FORM
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class Macs:
 
     def of(self, layer: Layer, candidate: Candidate) -> int:
         """Return the candidate's multiply-accumulates."""
-        return macs_of(self._subject, layer, candidate.form, candidate.rank, candidate.params)
+        first = candidate.inner or candidate.rank
+        return macs_of(self._subject, layer, candidate.form, first, candidate.params)
 
     def saved(self, plan: Plan, alive: Alive) -> int:
         """Return what the rows that go would have cost."""
@@ -128,7 +130,13 @@ class Size:
         stored = FLOAT_BYTES * (values - candidate.elements) + 8 * len(candidate.support)
         if candidate.elements:
             stored += sparse_bytes(candidate.elements, layer.params)
-        nodes = 1 + bool(candidate.rank) + 2 * bool(len(candidate.support)) + 2 * bool(candidate.elements)
+        nodes = (
+            1
+            + bool(candidate.rank)
+            + bool(candidate.inner)
+            + 2 * bool(len(candidate.support))
+            + 2 * bool(candidate.elements)
+        )
         return stored + nodes * (NODE_BYTES + 6 * len(layer.name))
 
     def saved(self, plan: Plan, alive: Alive) -> int:
@@ -165,20 +173,20 @@ def row_params(layer: Layer, chosen: Candidate | None) -> int:
     return chosen.rank + len(chosen.support) * layer.taps  # which rows single entries lie in is not known yet
 
 
-def macs_of(subject: Subject, layer: Layer, form: str, rank: int, params: int) -> int:
-    """Return the multiply-accumulates of a layer in a given form with that many weights.
+def macs_of(subject: Subject, layer: Layer, form: str, first: int, params: int) -> int:
+    """Return the multiply-accumulates of a layer in a given form with that many weights, ``first`` its inner rank.
 
-    Every form works at the output's positions, but for what comes first in two of them: the k x 1 part of the spatial
-    one keeps the input's width, the 1 x 1 part of the projected one works at the input's positions.
+    Every form works at the output's positions, but for what comes first in some of them: the k x 1 part of the spatial
+    one keeps the input's width, the 1 x 1 part of the projected one and of Tucker-2 works at the input's positions.
     """
     positions = subject.macs[layer.node] // layer.params
     if form.endswith("elements"):  # run as the dense layer they are folded to
         return subject.macs[layer.node]
-    if form == PROJECTED:
-        projection, read = rank * layer.channels, math.prod(subject.shapes[layer.input]) // layer.channels
+    if form in (PROJECTED, TUCKER):
+        projection, read = first * layer.channels, math.prod(subject.shapes[layer.input]) // layer.channels
         return projection * read + (params - projection) * positions
     if form != FORM:
         return params * positions
-    vertical = rank * layer.channels * layer.geometry.kernel[0]
+    vertical = first * layer.channels * layer.geometry.kernel[0]
     rows = positions // subject.shapes[layer.node][3]
     return vertical * rows * subject.shapes[layer.input][3] + (params - vertical) * positions

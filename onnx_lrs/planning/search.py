@@ -104,7 +104,7 @@ class EndToEnd:
 
 def stand_in(layer: Layer, candidate: Candidate) -> AnyFactors:
     """Return factors of a candidate's shape with random values."""
-    shape = Shape(candidate.form, candidate.rank, len(candidate.support))
+    shape = Shape(candidate.form, candidate.rank, len(candidate.support), inner=candidate.inner)
     if candidate.elements:
         return random_elements(layer, candidate.rank, candidate.elements)
     return random_factors(layer, shape, np.sort(candidate.support))

@@ -187,7 +187,7 @@ class Timing:
         if candidate is None or candidate.elements or candidate.form.endswith("elements"):
             return Shape(outputs=outputs)
         gathered = self._gathers[layer.node] or bool(candidate.rank)
-        return Shape(candidate.form, candidate.rank, len(candidate.support), outputs, gathered)
+        return Shape(candidate.form, candidate.rank, len(candidate.support), outputs, gathered, candidate.inner)
 
     def _ns(self, layer: Layer, shape: Shape) -> int:
         small = self._smalls[layer.node]
@@ -284,7 +284,7 @@ def _grid(shapes: Sequence[Shape]) -> list[Shape]:
             found += [_alone(s, "low-rank") for s in _spread(_ranks(group), POINTS)]
             found += [_alone(s, "channels") for s in _spread(_kept(group), POINTS)]
         else:
-            found += _spread(sorted(group, key=lambda s: (s.rank, s.kept)), POINTS)
+            found += _spread(sorted(group, key=lambda s: (s.size, s.rank)), POINTS)
     return list(dict.fromkeys(found))
 
 
@@ -305,7 +305,7 @@ def _spread(shapes: Sequence[Shape], count: int) -> list[Shape]:
 
 
 def _by_form(shapes: Sequence[Shape]) -> Iterator[tuple[Shape, list[Shape]]]:
-    """Yield groups of shapes that differ in rank and kept channels only, each with one of its own."""
+    """Yield groups of shapes that differ in ranks and kept channels only, each with one of its own."""
     groups: dict[tuple[str, int | None, bool], list[Shape]] = {}
     for shape in shapes:
         if shape != DENSE:
@@ -345,8 +345,8 @@ def _alone(shape: Shape, form: str) -> Shape:
 
 def _on_lines(group: Sequence[Shape], known: Mapping[str, float], every: bool = False) -> dict[Shape, float]:
     """Return the ratios of one form along its rank or its kept channels; with ``every`` those of measured ones too."""
-    points = sorted({(s.rank + s.kept, known[s.key]) for s in group if s.key in known})
+    points = sorted({(s.size, known[s.key]) for s in group if s.key in known})
     if not points:
         return {}
     places, ratios = zip(*points, strict=True)
-    return {s: float(np.interp(s.rank + s.kept, places, ratios)) for s in group if every or s.key not in known}
+    return {s: float(np.interp(s.size, places, ratios)) for s in group if every or s.key not in known}

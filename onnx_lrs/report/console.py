@@ -391,6 +391,7 @@ def _form(layer: LayerResult) -> Text:
         "low-rank": f" {layer.rank}",
         "spatial": f" {layer.rank}",
         "projected": f" {layer.rank}",
+        "tucker": f" {layer.inner_rank}, {layer.rank}",
         "channels": f" {layer.kept_channels}/{layer.channels}",
         "elements": f" {_percent(layer.elements / weights if weights else None)}",
         "dense": "",

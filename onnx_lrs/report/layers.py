@@ -20,7 +20,7 @@ from onnx_lrs.report.result import (
     SkippedLayer,
 )
 from onnx_lrs.solvers.closed_form import form_of
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, ProjectedFactors, SpatialFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, ProjectedFactors, SpatialFactors, TuckerFactors
 
 
 def layer_results(subject: Subject, rewritten: Rewritten, outcome: Outcome, known: bool) -> tuple[LayerResult, ...]:
@@ -70,6 +70,7 @@ def _layer_result(
         status=done.status.name.lower() if done else "dense",
         activation=layer.behind.label,
         damping=done.damping if done else None,
+        inner_rank=factors.inner if isinstance(factors, TuckerFactors) else 0,
     )
 
 
@@ -77,6 +78,8 @@ def _describe(factors: AnyFactors | None) -> tuple[Form, int, int]:
     """Return form, rank and number of kept channels."""
     if factors is None:
         return "dense", 0, 0
+    if isinstance(factors, TuckerFactors):
+        return "tucker", factors.rank, 0
     if isinstance(factors, SpatialFactors):
         return "projected" if isinstance(factors, ProjectedFactors) else "spatial", factors.rank, 0
     if isinstance(factors, ElementFactors):
@@ -95,7 +98,8 @@ def _macs_after(
     if factors is None and outputs is None:
         return macs
     form, rank, _ = _describe(factors)
-    return macs_of(subject, layer, form, rank, params)
+    first = factors.inner if isinstance(factors, TuckerFactors) else rank
+    return macs_of(subject, layer, form, first, params)
 
 
 def _params(subject: Subject, layer: Layer, factors: AnyFactors | None, outputs: NDArray[np.int64] | None) -> int:
@@ -107,7 +111,8 @@ def _params(subject: Subject, layer: Layer, factors: AnyFactors | None, outputs:
     if factors is None:
         return layer.params - share * layer.d
     if isinstance(factors, SpatialFactors):
-        return factors.params - share * int(factors.left[0].size)
+        last = factors.outer if isinstance(factors, TuckerFactors) else factors.left
+        return factors.params - share * int(last[0].size)
     return factors.params - share * (factors.rank + int(factors.sparse.shape[1]))
 
 

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 Form = Literal[
-    "dense", "low-rank", "channels", "low-rank + channels", "spatial", "projected", "elements", "low-rank + elements"
+    "dense",
+    "low-rank",
+    "channels",
+    "low-rank + channels",
+    "spatial",
+    "projected",
+    "tucker",
+    "elements",
+    "low-rank + elements",
 ]
 
 
@@ -62,16 +70,17 @@ class SearchStep:
 class LayerResult:
     """What became of one compressible layer.
 
-    ``shape`` is the weight's shape in the file, ``error`` the relative error of the layer's output
-    ``||y - y'|| / ||y - mean(y)||`` on held-out columns (None without data, 0.0 for a dense layer). ``rank`` is 0
-    without a low-rank part, ``kept_channels`` 0 without a branch on kept channels, ``elements`` 0 without single
-    entries, ``channels`` the input channels of the layer and ``kept_outputs`` the filters left when every reader has
-    dropped the others. ``activation_error`` is ||phi(y) - phi(y')|| / ||phi(y)|| behind the activation phi on held-out
-    columns, where the method sampled columns; ``allowed_error`` and ``reached_error`` are those of a guarantee, counted
-    in the same way on the columns of the fit. ``status`` says how the solve ended: ``solved``, ``dense`` for a layer
-    left as it is, or another name in :class:`onnx_lrs.solvers.Status` in lower case. ``activation`` is what follows the
-    layer, with what stands between: "add + relu", or "sigmoid, fitted as linear" where it is not piecewise linear.
-    ``latency_before_ms`` and ``latency_after_ms`` are those of the layer alone in a small graph, where latency decides.
+    ``shape`` is the weight's shape in the file, ``error`` the relative error of the layer's output ``||y - y'|| / ||y -
+    mean(y)||`` on held-out columns (None without data, 0.0 for a dense layer). ``rank`` is 0 without a low-rank part,
+    ``inner_rank`` 0 but for Tucker-2, ``kept_channels`` 0 without a branch on kept channels, ``elements`` 0 without
+    single entries, ``channels`` the input channels of the layer and ``kept_outputs`` the filters left when every reader
+    has dropped the others. ``activation_error`` is ||phi(y) - phi(y')|| / ||phi(y)|| behind the activation phi on
+    held-out columns, where the method sampled columns; ``allowed_error`` and ``reached_error`` are those of a
+    guarantee, counted in the same way on the columns of the fit. ``status`` says how the solve ended: ``solved``,
+    ``dense`` for a layer left as it is, or another name in :class:`onnx_lrs.solvers.Status` in lower case.
+    ``activation`` is what follows the layer, with what stands between: "add + relu", or "sigmoid, fitted as linear"
+    where it is not piecewise linear. ``latency_before_ms`` and ``latency_after_ms`` are those of the layer alone in a
+    small graph, where latency decides.
     """
 
     name: str
@@ -97,6 +106,7 @@ class LayerResult:
     damping: float | None = None
     latency_before_ms: float | None = None
     latency_after_ms: float | None = None
+    inner_rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from onnx_lrs.solvers.problem import (
     Solution,
     SpatialFactors,
     Status,
+    TuckerFactors,
     objective,
 )
 from onnx_lrs.solvers.solve import METHODS, curve, fit, solve
@@ -32,6 +33,7 @@ __all__ = [
     "Solution",
     "SpatialFactors",
     "Status",
+    "TuckerFactors",
     "curve",
     "fit",
     "merge",

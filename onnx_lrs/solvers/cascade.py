@@ -40,8 +40,9 @@ from onnx_lrs.solvers.problem import (
     ProjectedFactors,
     Response,
     SpatialFactors,
+    TuckerFactors,
 )
-from onnx_lrs.solvers.projected import flattened
+from onnx_lrs.solvers.projected import divided, flattened
 from onnx_lrs.solvers.prox import through
 from onnx_lrs.solvers.spatial import goal_by_tap, metric_by_tap
 from onnx_lrs.solvers.spectral import Seen, assemble, joint, reduce_rows, seen, with_level
@@ -124,6 +125,10 @@ class Form:
         problem = self._problem
         if isinstance(like, SpatialFactors):
             goal = goal_by_tap(problem, self._metric, target.weight, target.seen(self._level))
+            if isinstance(like, TuckerFactors):
+                found = goal.fit(like.right, steps, like.rank)
+                core, outer = divided(found.left, like.rank)
+                return with_mean(problem, dataclasses.replace(like, left=core, right=found.right, outer=outer), mean)
             found = goal.fit(like.right, steps)
             return with_mean(problem, dataclasses.replace(like, left=found.left, right=found.right), mean)
         assert isinstance(like, Factors)

@@ -29,7 +29,7 @@ from onnx_lrs.solvers.problem import (
     objective,
 )
 from onnx_lrs.solvers.projected import FORM as PROJECTED
-from onnx_lrs.solvers.projected import fit_projected, projected_candidates
+from onnx_lrs.solvers.projected import TUCKER, fit_projected, fit_tucker, projected_candidates
 from onnx_lrs.solvers.spatial import FORM, fit_spatial, spatial_candidates
 from onnx_lrs.solvers.spectral import (
     DAMPING,
@@ -89,7 +89,7 @@ def channels(problem: Problem, multiple: int, damping: float) -> Family:
 def lrs(problem: Problem, multiple: int, damping: float) -> Family:
     """Low rank and kept channels together; contains all of hsvd and all of ``channels``, so it is never worse.
 
-    For k x k kernels the spatial and the projected form are offered as well.
+    For k x k kernels the spatial and the projected form and Tucker-2 are offered as well.
     """
     target, metric = reduce_rows(problem.weight).target, damped(problem, damping)
     order = importance(target, metric, problem.taps)
@@ -274,6 +274,8 @@ def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
         return finished(problem, *fit_spatial(problem, chosen.rank, chosen.damping))
     if chosen.form == PROJECTED:
         return finished(problem, *fit_projected(problem, chosen.rank, chosen.damping))
+    if chosen.form == TUCKER:
+        return finished(problem, *fit_tucker(problem, chosen.inner, chosen.rank, chosen.damping))
     return finished(problem, *refit(problem, chosen, ROUNDS if settings.steps is None else settings.steps))
 
 

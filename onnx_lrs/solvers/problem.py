@@ -303,6 +303,36 @@ class ProjectedFactors(SpatialFactors):
 
 
 @dataclasses.dataclass(frozen=True)
+class TuckerFactors(ProjectedFactors):
+    """A k x k kernel as 1 x 1, k x k, 1 x 1 (Tucker-2): the projected form, its k x k part of low rank over outputs.
+
+    ``W[o, i, t] ~ sum_sr outer[o, s] left[s, r, t] right[r, i]``. Shapes: outer (out, rank), left (rank, inner, taps),
+    right (inner, channels, 1), bias_shift (out,), float64.
+    """
+
+    outer: Array
+
+    @property
+    def rank(self) -> int:
+        """Number of filters of the k x k convolution."""
+        return int(self.outer.shape[1])
+
+    @property
+    def inner(self) -> int:
+        """Number of channels that the first convolution leaves."""
+        return int(self.right.shape[0])
+
+    @property
+    def params(self) -> int:
+        """Parameters, bias not counted."""
+        return super().params + self.outer.size
+
+    def dense(self) -> Array:
+        """Return E, shape (out, d)."""
+        return np.asarray(self.outer @ super().dense())
+
+
+@dataclasses.dataclass(frozen=True)
 class ElementFactors:
     """``W ~ left @ right + S`` with single entries in S: a smaller file at the speed of the dense layer.
 
@@ -338,7 +368,8 @@ class Candidate:
 
     ``loss`` is J relative to the layer's output variance on the validation moments (ddlr and nettrim: the relative
     squared error behind the activation); ``support`` the kept channels;
-    ``damping`` the share of the mean diagonal of H that was added to it; ``elements`` the single entries of S.
+    ``damping`` the share of the mean diagonal of H that was added to it; ``elements`` the single entries of S;
+    ``inner`` the channels between the first two of three convolutions.
     """
 
     form: str
@@ -348,6 +379,7 @@ class Candidate:
     support: Indices
     damping: float
     elements: int = 0
+    inner: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,20 +1,28 @@
-r"""The projected form: a k x k kernel as 1 x 1 followed by k x k (METHODS 2c).
+r"""The projected form, a k x k kernel as 1 x 1 followed by k x k (METHODS 2c), and Tucker-2, with a 1 x 1 behind it.
 
 .. math:: W[o, i, t] \approx \sum_r \mathrm{left}[o, r, t]\;\mathrm{right}[r, i]
 
 with t the kernel's positions: the input channels are projected to r of them, which the k x k kernel reads. This is the
 spatial form with the whole kernel on the second axis, k x k read as 1 x k^2, so that fit and candidates are those of
 spatial.py. It wins where the channels of a layer's input are more alike than those of its output.
+
+Where both are, left is of low rank over the outputs too: with G the normal equations' matrix for a given right and
+``left`` their solution, ``U U^T left`` with U the top eigenvectors of ``left G left^T`` is the best of that rank, and
+loses the eigenvalues that it drops. One eigenproblem of out x out serves every rank beside one r.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
-from onnx_lrs.solvers.problem import Candidate, Problem, ProjectedFactors
-from onnx_lrs.solvers.spatial import fit_spatial, two_step_candidates
+import numpy as np
 
-FORM = "projected"
+from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, ProjectedFactors, TuckerFactors
+from onnx_lrs.solvers.spatial import Trial, fit_spatial, top, trials
+from onnx_lrs.solvers.spectral import judging_moment
+
+FORM, TUCKER = "projected", "tucker"
 
 
 def applies(problem: Problem) -> bool:
@@ -28,13 +36,62 @@ def flattened(problem: Problem) -> Problem:
 
 
 def projected_candidates(problem: Problem, multiple: int, damping: float) -> list[Candidate]:
-    """Return projected factorisations of a few ranks with J as their loss; empty if the form does not apply."""
+    """Return factorisations of both forms and a few ranks with J as their loss; empty if they do not apply."""
     if not applies(problem):
         return []
-    return two_step_candidates(flattened(problem), multiple, damping, FORM)
+    image = problem.weight
+    if problem.moments is not None:
+        image = problem.weight @ judging_moment(problem, np.arange(problem.d))
+    found = []
+    for trial in trials(flattened(problem), multiple, damping):
+        found += [trial.candidate(FORM, damping), *_tucker_candidates(problem, trial, image, multiple, damping)]
+    return found
+
+
+def _tucker_candidates(
+    problem: Problem, trial: Trial, image: Array, multiple: int, damping: float
+) -> Iterator[Candidate]:
+    """Yield Tucker-2 of every outer rank beside one inner rank; ``image`` is W V, (out, d).
+
+    With P = W - difference the projected form's weight and U the basis of rank s, J = tr (W - U U^T P) V (...)^T.
+    """
+    basis = top(trial.curvature, problem.out)
+    crossed = (problem.weight - trial.difference) @ image.T
+    energy = crossed - (problem.weight - trial.difference) @ trial.seen.T
+    gains = np.einsum("or,or->r", basis, (2.0 * crossed - energy) @ basis)
+    total = float(np.vdot(image, problem.weight))
+    losses = np.maximum(total - np.concatenate([[0.0], np.cumsum(gains)]), 0.0)
+    none = np.zeros(0, np.int64)
+    for rank in range(multiple, min(problem.out, trial.rank * problem.taps), multiple):
+        params = tucker_params(problem.channels, problem.out, problem.taps, (trial.rank, rank))
+        if params < min(trial.params, LARGEST * problem.params):
+            yield Candidate(TUCKER, rank, params, float(losses[rank]), none, damping, inner=trial.rank)
+
+
+def tucker_params(channels: int, out: int, taps: int, ranks: tuple[int, int]) -> int:
+    """Return the weights of Tucker-2 with (inner, outer) ranks."""
+    inner, rank = ranks
+    return channels * inner + inner * rank * taps + rank * out
 
 
 def fit_projected(problem: Problem, rank: int, damping: float) -> tuple[ProjectedFactors, tuple[float, ...]]:
     """Return the factors of one rank and J (on the damped metric) after the fit of left, right and left again."""
     found, history = fit_spatial(flattened(problem), rank, damping)
     return ProjectedFactors(found.left, found.right, found.bias_shift), history
+
+
+def fit_tucker(problem: Problem, inner: int, rank: int, damping: float) -> tuple[TuckerFactors, tuple[float, ...]]:
+    """Return Tucker-2 of the given ranks and J (on the damped metric) after left, right and left again."""
+    found, history = fit_spatial(flattened(problem), inner, damping, outer=rank)
+    core, outer = divided(found.left, rank)
+    return TuckerFactors(core, found.right, found.bias_shift, outer), history
+
+
+def divided(left: Array, rank: int) -> tuple[Array, Array]:
+    """Return left (out, inner, taps), of that rank over outputs, as core (rank, inner, taps) and outer (out, rank).
+
+    The columns of outer are orthonormal.
+    """
+    rows = left.reshape(len(left), -1)
+    outer = top(rows @ rows.T, rank)
+    return (outer.T @ rows).reshape(rank, *left.shape[1:]), outer

@@ -34,11 +34,32 @@ def applies(problem: Problem) -> bool:
 
 def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[Candidate]:
     """Return spatial factorisations of a few ranks with J as their loss; empty if the form does not apply."""
-    return two_step_candidates(problem, multiple, damping, FORM) if applies(problem) else []
+    found = trials(problem, multiple, damping) if applies(problem) else ()
+    return [trial.candidate(FORM, damping) for trial in found]
 
 
-def two_step_candidates(problem: Problem, multiple: int, damping: float, form: str) -> list[Candidate]:
-    """Return factorisations kh x 1 -> 1 x kw of a few ranks under the name of a form, with J as their loss."""
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """The best left for a right of one rank, and what is left of W: ``difference`` and its product with V, (out, d).
+
+    V is the second moment of the judging samples; ``curvature`` (out, out) is left times its normal equations' moment,
+    the part of W's output energy that is explained on the samples of the fit.
+    """
+
+    rank: int
+    params: int
+    difference: Array
+    seen: Array
+    curvature: Array
+
+    def candidate(self, form: str, damping: float) -> Candidate:
+        """Return the trial as a candidate, J its loss."""
+        loss = float(np.vdot(self.seen, self.difference))
+        return Candidate(form, self.rank, self.params, loss, np.zeros(0, np.int64), damping)
+
+
+def trials(problem: Problem, multiple: int, damping: float) -> Iterator[Trial]:
+    """Yield factorisations kh x 1 -> 1 x kw of a few ranks."""
     assert problem.kernel is not None
     kh, kw = problem.kernel
     cost = problem.channels * kh + problem.out * kw
@@ -48,21 +69,23 @@ def two_step_candidates(problem: Problem, multiple: int, damping: float, form: s
     basis = _right_basis(problem)
     regression = by_tap(problem, damped(problem, damping)).regression(basis[: ranks[-1]]) if len(ranks) else None
     judge = None if problem.moments is None else judging_moment(problem, np.arange(problem.d))
-    none = np.zeros(0, np.int64)
-    found = []
     for rank in (int(r) for r in ranks):
         assert regression is not None
         left = regression.left(rank)
         difference = problem.weight - SpatialFactors(left, basis[:rank], np.zeros(0)).dense()
-        loss = float(np.vdot(difference if judge is None else difference @ judge, difference))
-        found.append(Candidate(form, rank, rank * cost, loss, none, damping))
-    return found
+        seen = difference if judge is None else difference @ judge
+        yield Trial(rank, rank * cost, difference, seen, regression.curvature(left))
 
 
-def fit_spatial(problem: Problem, rank: int, damping: float) -> tuple[SpatialFactors, tuple[float, ...]]:
-    """Return the factors of one rank and J (on the damped metric) after the fit of left, right and left again."""
+def fit_spatial(
+    problem: Problem, rank: int, damping: float, outer: int | None = None
+) -> tuple[SpatialFactors, tuple[float, ...]]:
+    """Return the factors of one rank and J (on the damped metric) after the fit of left, right and left again.
+
+    With ``outer`` left is of that rank over the outputs.
+    """
     goal = by_tap(problem, damped(problem, damping))
-    halves = [*goal.halves(_right_basis(problem)[:rank], steps=goal.metric is not None)]
+    halves = [*goal.halves(_right_basis(problem)[:rank], steps=goal.metric is not None, outer=outer)]
     history = [goal.objective(*half) for half in halves]
     left, right = halves[-1]
     dense = SpatialFactors(left, right, np.zeros(0)).dense()
@@ -100,19 +123,30 @@ class ByTap:
     metric: Array | None
     image: Array | None
 
-    def fit(self, right: Array, steps: bool) -> SpatialFactors:
+    def fit(self, right: Array, steps: bool, outer: int | None = None) -> SpatialFactors:
         """Return the best left for a right, (rank, channels, kh); with ``steps``, right moved once as well."""
-        *_, (left, moved) = self.halves(right, steps)
+        *_, (left, moved) = self.halves(right, steps, outer)
         return SpatialFactors(left, moved, np.zeros(len(left)))
 
-    def halves(self, right: Array, steps: bool) -> Iterator[tuple[Array, Array]]:
-        """Yield left and right after each half of the fit: left, and with ``steps`` right and left again."""
-        left = self.regression(right).left()
+    def halves(self, right: Array, steps: bool, outer: int | None = None) -> Iterator[tuple[Array, Array]]:
+        """Yield left and right after each half of the fit: left, and with ``steps`` right and left again.
+
+        With ``outer`` the best left of that rank over the outputs.
+        """
+        left = self._left(right, outer)
         yield left, right
         if steps:
             right = self.right(left, right)
             yield left, right
-            yield self.regression(right).left(), right
+            yield self._left(right, outer), right
+
+    def _left(self, right: Array, outer: int | None) -> Array:
+        regression = self.regression(right)
+        left = regression.left()
+        if outer is None:
+            return left
+        basis = top(regression.curvature(left), outer)
+        return (basis @ (basis.T @ left.reshape(len(left), -1))).reshape(left.shape)
 
     def regression(self, right: Array) -> Regression:
         """Return what every left for a prefix of ``right``, (rank, channels, kh), needs."""
@@ -184,6 +218,17 @@ class Regression:
         gram[np.diag_indices_from(gram)] += 1e-10 * np.trace(gram) / len(gram)
         solved = scipy.linalg.solve(gram, moment.reshape(out, -1).T, assume_a="pos")
         return np.ascontiguousarray(solved.T.reshape(out, kw, count).transpose(0, 2, 1))
+
+    def curvature(self, left: Array) -> Array:
+        """Return left G left^T, (out, out), for the best left: what U U^T left loses of J is the trace it drops."""
+        count = left.shape[1]
+        moment = self.moment[:, :, :count].transpose(0, 2, 1).reshape(len(left), -1)
+        return np.asarray(left.reshape(len(left), -1) @ moment.T)
+
+
+def top(gram: Array, rank: int) -> Array:
+    """Return the strongest eigenvectors of a symmetric matrix, (n, rank), by falling eigenvalue."""
+    return np.ascontiguousarray(np.linalg.eigh((gram + gram.T) / 2)[1][:, ::-1][:, :rank])
 
 
 def by_tap(problem: Problem, metric: Array | None) -> ByTap:
