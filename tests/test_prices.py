@@ -99,7 +99,14 @@ def candidate(layer: Layer, rng: np.random.Generator) -> Candidate | None:
     """Return some form that the layer may take; channels often, so that filters die."""
     square = len(layer.geometry.kernel) == 2 and min(layer.geometry.kernel) > 1 and set(layer.geometry.strides) == {1}
     form = rng.choice(
-        ["dense", "low-rank", "channels", "channels", "low-rank + channels", *["spatial", "tucker"] * square]
+        [
+            "dense",
+            "low-rank",
+            "channels",
+            "channels",
+            "low-rank + channels",
+            *["spatial", "projected", "tucker"] * square,
+        ]
     )
     if form == "dense":
         return None
@@ -108,6 +115,8 @@ def candidate(layer: Layer, rng: np.random.Generator) -> Candidate | None:
     support = np.sort(rng.choice(layer.channels, count, replace=False))
     height, width = (*layer.geometry.kernel, 1, 1)[:2]
     params = rank * (layer.out + layer.d) + count * layer.taps * layer.out
+    if form == "projected":
+        params = rank * (layer.channels + layer.out * layer.taps)
     if form == "spatial":
         params = rank * (layer.channels * height + layer.out * width)
     inner = 0

@@ -22,8 +22,8 @@ import onnx_lrs
 from onnx_lrs import Budget, Config, Result, cli, errors
 from onnx_lrs.config import DEFAULT_DROP
 from onnx_lrs.data import split
+from onnx_lrs.planning import plan_file, timing
 from onnx_lrs.planning import search as module
-from onnx_lrs.planning import timing
 from onnx_lrs.planning.gate import halves
 from onnx_lrs.runtime import latency
 from tests import small_nets as nets
@@ -555,6 +555,14 @@ def test_an_entry_that_cannot_be_carried_out_names_layer_and_field(plan, changes
         squeeze(plan=plan, method="lrs")
     assert caught.value.message.startswith(f"--plan {plan}, layer 'fc1': {words}")
     assert "Mend the entry" in caught.value.remedy
+
+
+@pytest.mark.parametrize("form", ["spatial", "projected", "tucker"])
+def test_a_kernel_that_is_too_wide_for_the_memory_is_not_taken_apart(plan, form, monkeypatch):
+    edited(plan, "conv2", form=form, rank=4, inner_rank=5 if form == "tucker" else 0, kept_channels=None)
+    monkeypatch.setattr(plan_file, "is_wide", lambda layer, memory_bytes: layer.name == "conv2")
+    with pytest.raises(errors.ConfigError, match=f"layer 'conv2': form is '{form}'; within --memory 2GiB .* low-rank"):
+        squeeze(plan=plan, method="lrs")
 
 
 @pytest.mark.parametrize("node", ["nobody", "", 7, None, ["g1"]])

@@ -17,10 +17,11 @@ from onnx_lrs.calibration.subject import Subject, examine
 from onnx_lrs.graph.small import Shape
 from onnx_lrs.planning import timing as module
 from onnx_lrs.planning.prices import Plan, alive_after
-from onnx_lrs.planning.timing import POINTS, Stopwatch, Timing, _grid, _interpolated
+from onnx_lrs.planning.timing import POINTS, Stopwatch, Timing, _agree, _grid, _interpolated
 from onnx_lrs.progress import Silent
 from onnx_lrs.runtime.table import Device, Entry, Table
 from onnx_lrs.solvers import Candidate
+from onnx_lrs.solvers.projected import tucker_params
 from tests.builders import make, node, normal
 
 HERE = Device.here("cpu", 1)
@@ -65,14 +66,25 @@ def test_forms_are_not_mixed():
     assert [found[shape] for shape in wanted[:3]] == [0.5, 2.0, 3.0]
 
 
-def test_tucker_lies_on_a_line_of_both_ranks():
+def test_tucker_lies_on_a_line_of_its_weights():
     def tucker(inner: int, rank: int) -> Shape:
-        return Shape("tucker", rank, inner=inner)
+        return Shape("tucker", rank, inner=inner, weights=tucker_params(32, 64, 9, (inner, rank)))
 
     assert len({tucker(8, 16).key, tucker(16, 8).key, Shape("tucker", 16).key}) == 3
     known = {tucker(8, 16).key: 0.2, tucker(24, 32).key: 0.6}
-    found = _interpolated([tucker(8, 16), tucker(16, 24), tucker(24, 16), tucker(24, 32)], known)
-    assert found == {tucker(16, 24): pytest.approx(0.4), tucker(24, 16): pytest.approx(0.4)}
+    ends = tucker(8, 16), tucker(24, 32)
+    found = _interpolated([*ends, tucker(16, 24), tucker(24, 16)], known)
+    assert found.keys() == {tucker(16, 24), tucker(24, 16)}
+    for shape, ratio in found.items():
+        share = (shape.weights - ends[0].weights) / (ends[1].weights - ends[0].weights)
+        assert 0 < share < 1
+        assert ratio == pytest.approx(0.2 + 0.4 * share)
+
+
+def test_of_shapes_that_are_equally_large_the_mean_counts():
+    one, other = (Shape("tucker", r, inner=i, weights=100) for r, i in ((8, 16), (16, 8)))
+    found = _interpolated([one, other, Shape("tucker", 9, inner=9, weights=100)], {one.key: 0.2, other.key: 0.4})
+    assert [*found.values()] == [pytest.approx(0.3)]
 
 
 def test_a_pair_takes_what_both_parts_take_and_what_the_measured_pairs_took_beyond():
@@ -189,6 +201,29 @@ def test_nothing_of_a_refined_plan_is_estimated():
     assert not timing.refine(plan)
     gains = [timing.of(la, plan.chosen[la.node]) - timing.dense(la) for la in subject.layers]
     assert timing.predict_ms(plan) == pytest.approx(timing.original_ms + sum(gains) / 1e6)
+
+
+@pytest.mark.parametrize("wrong", [1e-4, 1e4])
+def test_a_reading_that_is_far_off_does_not_stay_in_a_plan(wrong):
+    table = Table(HERE)
+    subject, timing = prepared(net(), table)
+    (entry,) = table.layers.values()
+    first = subject.layers[0]
+    plan = Plan({first.node: candidates()[0]})
+    key = Shape("low-rank", RANKS[0]).key
+    entry.ratios[key] = wrong
+    assert timing.of(first, candidates()[0]) == round(1e6 * entry.dense_ms * wrong)
+    assert timing.refine(plan)
+    assert 0.05 < entry.ratios[key] < 20
+    assert not timing.refine(plan)
+
+
+@pytest.mark.parametrize(
+    ("readings", "enough"),
+    [([], False), ([1.0], False), ([1.0, 1.09], True), ([1.2, 1.0], False), ([1.0, 2.0, 5.0], True)],
+)
+def test_readings_are_taken_until_two_agree_or_there_are_three(readings, enough):
+    assert _agree(readings) == enough
 
 
 def test_dead_filters_make_the_layer_in_front_cheaper():

@@ -397,7 +397,8 @@ def _shape_text(record: Record | None) -> str:
     if record is None or "params" not in record:
         return ""
     sparse = f"{record['elements']:,}e" if record["elements"] else str(record["channels"])
-    shape = f"{record['rank']} spatial" if record["form"] == "spatial" else f"{record['rank']} + {sparse}"
+    chain = record["form"] in ("spatial", "projected", "tucker")
+    shape = f"{record['rank']} {record['form']}" if chain else f"{record['rank']} + {sparse}"
     return f"{shape} ({record['share']:.1%})"
 
 

@@ -29,7 +29,7 @@ from onnx_lrs import cli
 from onnx_lrs.report.environment import environment
 from onnx_lrs.solvers import METHODS, Budget, Problem, Settings, Solution, closed_form
 from onnx_lrs.solvers.loop import Run
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, ProjectedFactors, SpatialFactors, TuckerFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors
 
 CPU = "CPUExecutionProvider"
 Record = dict[str, Any]
@@ -113,9 +113,8 @@ def failure(error: Exception) -> str:
 def shape_of(factors: AnyFactors) -> Record:
     """Return what a table says of factors: form, rank, kept channels, single entries of S, parameters."""
     if isinstance(factors, SpatialFactors):
-        form = "projected" if isinstance(factors, ProjectedFactors) else "spatial"
-        form = "tucker" if isinstance(factors, TuckerFactors) else form
-        return {"form": form, "rank": factors.rank, "channels": 0, "elements": 0, "params": factors.params}
+        ranks = {"form": factors.form, "rank": factors.rank, "inner": factors.inner}
+        return ranks | {"channels": 0, "elements": 0, "params": factors.params}
     if isinstance(factors, ElementFactors):
         parts = {"form": "elements", "rank": factors.rank, "channels": 0, "elements": int(factors.sparse.nnz)}
         return parts | {"params": factors.params}

@@ -29,7 +29,7 @@ from onnx_lrs.solvers.moments import Accumulator, Moments, permuted
 from onnx_lrs.solvers.problem import Columns
 
 MATRICES_PER_SOLVE = 8  # d x d float64 at once while one layer is solved: two moments, metric, factor, temporaries
-WEIGHTS_PER_SOLVE = 4  # out x d float64 at once: the weight, its reordered copy, the residual, the approximation
+WEIGHTS_PER_SOLVE = 7  # out x d float64 at once: the weight, its image, approximation and what two trials leave of it
 COLUMNS_PER_WIDTH = 8  # columns wanted per column of H, so that its inverse means something
 KEPT_PER_WIDTH, MOST_KEPT = 4, 20_000  # columns in a reservoir: per column of H, and at most
 ARRAYS_PER_SOLVE = 3  # n x out float32 at once while a layer is fitted to its columns, beside one copy of them

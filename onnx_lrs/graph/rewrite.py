@@ -21,7 +21,7 @@ from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, is_standard, takes_sparse
 from onnx_lrs.graph.splice import Edit, Names, splice
 from onnx_lrs.graph.weights import Scratch
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors, TuckerFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors
 
 ELEMENTWISE = {
     *("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "Softplus"),
@@ -149,11 +149,9 @@ def _as_dense(view: View, layer: Layer) -> Factors:
 
 def take_rows(factors: AnyFactors, rows: Indices) -> AnyFactors:
     """Return the factors of some of the layer's outputs."""
-    shift = factors.bias_shift[rows]
-    if isinstance(factors, TuckerFactors):
-        return dataclasses.replace(factors, outer=factors.outer[rows], bias_shift=shift)
     if isinstance(factors, SpatialFactors):
-        return dataclasses.replace(factors, left=factors.left[rows], bias_shift=shift)
+        return factors.of_outputs(rows)
+    shift = factors.bias_shift[rows]
     return dataclasses.replace(factors, left=factors.left[rows], sparse=factors.sparse[rows], bias_shift=shift)
 
 

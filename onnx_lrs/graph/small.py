@@ -72,7 +72,7 @@ class Shape:
     """The shape of factors: a form with its rank and number of kept channels, and how many outputs are left.
 
     ``gathered``: the kept channels are picked from all of them; else the input holds no others. ``inner`` is the inner
-    rank of Tucker-2.
+    rank of Tucker-2, ``weights`` its parameters.
     """
 
     form: str = "dense"
@@ -81,6 +81,7 @@ class Shape:
     outputs: int | None = None
     gathered: bool = True
     inner: int = 0
+    weights: int = dataclasses.field(default=0, compare=False)
 
     @property
     def key(self) -> str:
@@ -91,7 +92,7 @@ class Shape:
     @property
     def size(self) -> int:
         """What latency grows with, of shapes that differ in nothing else."""
-        return self.rank + self.kept + self.inner
+        return self.weights or self.rank + self.kept
 
 
 def small_of(view: View, layer: Layer, shapes: Mapping[str, tuple[int, ...]], weights: int) -> Small:

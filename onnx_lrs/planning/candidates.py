@@ -19,7 +19,7 @@ from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Sol
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
 from onnx_lrs.solvers.blas import threads_for
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors, judged
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors, TuckerFactors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
 from onnx_lrs.solvers.spectral import choose_damping
 
@@ -256,6 +256,8 @@ def _kept(factors: AnyFactors, scratch: Scratch | None) -> AnyFactors:
     if scratch is None:
         return factors
     left, right = scratch.keep(factors.left), scratch.keep(factors.right)
+    if isinstance(factors, TuckerFactors):
+        return dataclasses.replace(factors, left=left, right=right, outer=scratch.keep(factors.outer))
     if isinstance(factors, SpatialFactors):
         return dataclasses.replace(factors, left=left, right=right)
     if isinstance(factors, Factors):

@@ -150,7 +150,7 @@ def _fit_to_plan(job: Job, subject: Subject, material: Material, means: tuple[Sh
     if job.replays:
         assert config.plan is not None
         forms = ELEMENT_FORMS if config.structure == "elements" else FORMS.get(config.method, CHANNEL_FORMS)
-        outcome = Outcome({}, plan=read_plan(pathlib.Path(config.plan), subject, forms))
+        outcome = Outcome({}, plan=read_plan(pathlib.Path(config.plan), subject, forms, config.memory_bytes))
         if in_cascade:
             _collect(job, subject, material, shop, clock)
     else:

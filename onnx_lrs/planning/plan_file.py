@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from onnx_lrs.calibration.capture import is_wide
 from onnx_lrs.calibration.subject import Subject
+from onnx_lrs.config import GIB
 from onnx_lrs.errors import ConfigError, OutputError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.planning.prices import Plan
@@ -77,8 +79,8 @@ def _entry(layer: Layer, chosen: Candidate | None, latency: tuple[float, float] 
     return entry
 
 
-def read_plan(place: pathlib.Path, subject: Subject, forms: Sequence[str]) -> Plan:
-    """Return the plan of a file; ``forms`` are those that the method offers.
+def read_plan(place: pathlib.Path, subject: Subject, forms: Sequence[str], memory_bytes: int) -> Plan:
+    """Return the plan of a file; ``forms`` are those that the method offers, ``memory_bytes`` what solves may take.
 
     A layer that the file does not name stays dense. Losses are not known, they are nan.
 
@@ -105,6 +107,12 @@ def read_plan(place: pathlib.Path, subject: Subject, forms: Sequence[str]) -> Pl
             )
         if entry.get("form", DENSE) != DENSE:
             chosen[layer.node] = _candidate(place, layer, entry, forms)
+            if chosen[layer.node].form in CHAINS and is_wide(layer, memory_bytes):
+                raise ConfigError(
+                    f"--plan {place}, layer {layer.name!r}: form is {entry['form']!r}; within --memory "
+                    f"{memory_bytes / GIB:.3g}GiB such a layer can only be low-rank.",
+                    "Allow more --memory, as the run that wrote the plan had, or choose low-rank.",
+                )
     return Plan(chosen)
 
 
@@ -120,16 +128,13 @@ def _candidate(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], form
         raise refuse("form", "only 2-D convolutions with a stride of 1 are taken apart like this")
     if form in CHAINS and (min(kernel) < 2 if form == "spatial" else layer.taps < 2):
         raise refuse("form", "this layer has no k x k kernel to take apart")
-    most, cost = min(layer.out, layer.d), layer.out + layer.d
-    if form in CHAINS and form != TUCKER:
-        height, width = kernel if form == "spatial" else (1, layer.taps)
-        most, cost = min(layer.channels * height, layer.out * width), layer.channels * height + layer.out * width
-    ranked = form not in ("channels", "elements")
-    if not isinstance(rank, int) or not ranked <= rank <= most * ranked:
-        raise refuse("rank", f"it is a whole number from 1 to {most}, 0 for channels or elements alone")
     inner, widest = entry.get("inner_rank", 0), layer.channels if form == TUCKER else 0
     if not isinstance(inner, int) or not bool(widest) <= inner <= widest:
         raise refuse("inner_rank", f"it is a whole number from 1 to {layer.channels} for {TUCKER}, else left out")
+    most = _most(layer, form, inner)
+    ranked = form not in ("channels", "elements")
+    if not isinstance(rank, int) or not ranked <= rank <= most * ranked:
+        raise refuse("rank", f"it is a whole number from 1 to {most}, 0 for channels or elements alone")
     kept = entry.get("kept_channels", [])
     whole = isinstance(kept, list) and all(isinstance(k, int) and 0 <= k < layer.channels for k in kept)
     if not whole or len(set(kept)) != len(kept) or ("channels" in form) != bool(kept):
@@ -139,8 +144,26 @@ def _candidate(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], form
     damping = entry.get("damping")
     if damping is not None and not (isinstance(damping, int | float) and 0 <= damping < math.inf):
         raise refuse("damping", "it is a number from 0 up, or left out")
-    params = rank * cost + len(kept) * layer.taps * layer.out + elements
-    if inner:
-        params = tucker_params(layer.channels, layer.out, layer.taps, (inner, rank))
+    params = _params(layer, form, (inner, rank)) + len(kept) * layer.taps * layer.out + elements
     support = np.array(kept, np.int64)
     return Candidate(form, rank, params, math.nan, support, math.nan if damping is None else damping, elements, inner)
+
+
+def _sides(layer: Layer, form: str) -> tuple[int, int]:
+    """Return what a rank costs on the input's and on the output's side; Tucker-2 apart."""
+    if form not in CHAINS:
+        return layer.d, layer.out
+    height, width = layer.geometry.kernel if form == "spatial" else (1, layer.taps)
+    return layer.channels * height, layer.out * width
+
+
+def _most(layer: Layer, form: str, inner: int) -> int:
+    """Return the highest rank that a form may have."""
+    return min(layer.out, inner * layer.taps) if form == TUCKER else min(_sides(layer, form))
+
+
+def _params(layer: Layer, form: str, ranks: tuple[int, int]) -> int:
+    """Return the weights of the low-rank part; ``ranks`` are (inner, outer)."""
+    if form == TUCKER:
+        return tucker_params(layer.channels, layer.out, layer.taps, ranks)
+    return ranks[1] * sum(_sides(layer, form))

@@ -130,13 +130,8 @@ class Size:
         stored = FLOAT_BYTES * (values - candidate.elements) + 8 * len(candidate.support)
         if candidate.elements:
             stored += sparse_bytes(candidate.elements, layer.params)
-        nodes = (
-            1
-            + bool(candidate.rank)
-            + bool(candidate.inner)
-            + 2 * bool(len(candidate.support))
-            + 2 * bool(candidate.elements)
-        )
+        nodes = 1 + bool(candidate.rank) + bool(candidate.inner)
+        nodes += 2 * (bool(len(candidate.support)) + bool(candidate.elements))
         return stored + nodes * (NODE_BYTES + 6 * len(layer.name))
 
     def saved(self, plan: Plan, alive: Alive) -> int:

@@ -7,8 +7,9 @@ same rounds. A plan's prediction is the original model's own latency plus what e
 
 s being set once so that it holds for a plan that was timed in the network (:meth:`Timing.calibrate`).
 
-First a few ranks of each form are measured and the others interpolated. What a plan then picks is measured itself
-(:meth:`Timing.refine`) and the plan made again, until nothing in it is interpolated.
+First a few ranks of each form are measured and the others interpolated. What a plan then picks is measured, or measured
+again (:meth:`Timing.refine`), and the plan made anew: it picks what takes little time, and with it what noise made
+faster than it is.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ PAIRS = 3  # of rank and kept channels, to learn what the sum of both branches t
 AT_ONCE = 6  # sessions that are timed in turn, beside the dense layer's
 SECONDS = 0.25  # of one such group, at least 10 rounds
 MODEL_SECONDS = 2.0
+BASELINES = 3  # readings of a dense layer, at least
+READINGS = 3  # of what a plan picks, at most; the median counts
+AGREE = 1.1  # two readings this close need no third
 SCALES = (0.25, 4.0)  # by which one calibration may correct
 
 
@@ -100,6 +104,8 @@ class Timing:
         self._gathers = {la.node: not _frees_producer(subject, la) for la in subject.layers}
         self._estimates: dict[tuple[str, str], float] = {}
         self._dense_ms: dict[str, float] = {}
+        self._shapes: dict[Small, list[Shape]] = {}  # of all candidates
+        self._sure: set[tuple[str, str]] = set()  # shapes of layers that were measured more than once
         self._model = f"{digest} {sorted((name, value.shape) for name, value in feed.items())}"
         self.original_ms = 0.0
         self.scale = 1.0
@@ -134,10 +140,10 @@ class Timing:
         for layer in self._subject.layers:
             shapes = wanted.setdefault(self._smalls[layer.node], {})
             shapes |= dict.fromkeys(self._shape(layer, c) for c in curves[layer.node])
-        for small, shapes in wanted.items():
-            grid = _grid(list(shapes))
-            self._measure(small, grid, afresh=True)
-            self._interpolate(small, list(shapes))
+        self._shapes = {small: list(shapes) for small, shapes in wanted.items()}
+        for small, every in self._shapes.items():
+            self._measure(small, _grid(every))
+            self._interpolate(small)
             progress.step(small.op)
         self.table.keep()
         self.before = self.now = round(NS_PER_MS * self.original_ms)
@@ -155,8 +161,8 @@ class Timing:
             "Make it there with the same model, --method and --batch: --dry-run --latency-table FILE (a new file).",
         )
 
-    def _measure(self, small: Small, shapes: Iterable[Shape], afresh: bool = False) -> None:
-        """Put what is missing into the table; with ``afresh`` the dense layer is timed again in any case."""
+    def _measure(self, small: Small, shapes: Iterable[Shape]) -> None:
+        """Put what is missing into the table; the dense layer is timed again in any case."""
         entry = self.table.layers.setdefault(small.key, Entry(0.0, {}))
         missing = [shape for shape in shapes if shape != DENSE and shape.key not in entry.ratios]
         if self.stopwatch is None:
@@ -165,16 +171,17 @@ class Timing:
             self._dense_ms[small.key] = entry.dense_ms
             return
         dense: list[float] = []
-        for start in range(0, max(len(missing), int(afresh)), AT_ONCE):
-            group = missing[start : start + AT_ONCE]
+        starts = range(0, len(missing), AT_ONCE)
+        groups = [missing[start : start + AT_ONCE] for start in starts]
+        groups += [[] for _ in range(len(groups), BASELINES)]
+        for group in groups:
             times = self.stopwatch.shapes_ms(small, [DENSE, *group])
             dense.append(times[0])
             entry.ratios |= {shape.key: ms / times[0] for shape, ms in zip(group, times[1:], strict=True)}
-        if afresh:
-            self._dense_ms[small.key] = entry.dense_ms = float(np.median(dense))
+        self._dense_ms[small.key] = entry.dense_ms = float(np.median(dense))
 
-    def _interpolate(self, small: Small, shapes: Sequence[Shape]) -> None:
-        known = self.table.layers[small.key].ratios
+    def _interpolate(self, small: Small) -> None:
+        shapes, known = self._shapes[small], self.table.layers[small.key].ratios
         for shape, ratio in _interpolated(shapes, known).items():
             self._estimates[small.key, shape.key] = ratio
         for shape in shapes:
@@ -187,7 +194,10 @@ class Timing:
         if candidate is None or candidate.elements or candidate.form.endswith("elements"):
             return Shape(outputs=outputs)
         gathered = self._gathers[layer.node] or bool(candidate.rank)
-        return Shape(candidate.form, candidate.rank, len(candidate.support), outputs, gathered, candidate.inner)
+        found = Shape(candidate.form, candidate.rank, len(candidate.support), outputs, gathered)
+        if candidate.inner:
+            found = dataclasses.replace(found, inner=candidate.inner, weights=candidate.params)
+        return found
 
     def _ns(self, layer: Layer, shape: Shape) -> int:
         small = self._smalls[layer.node]
@@ -224,18 +234,34 @@ class Timing:
         return shape if shape != Shape(outputs=layer.out) else DENSE
 
     def refine(self, plan: Plan) -> bool:
-        """Measure what is only estimated in a plan; return whether anything was."""
+        """Measure what a plan picks until two readings agree; return whether anything was measured."""
         if self.stopwatch is None:
             return False
-        alive, found = alive_after(self._subject, plan), False
+        alive = alive_after(self._subject, plan)
+        wanted: dict[Small, dict[Shape, None]] = {}
         for layer in self._subject.layers:
             small, shape = self._smalls[layer.node], self._in_plan(layer, plan, alive)
-            if shape != DENSE and shape.key not in self.table.layers[small.key].ratios:
-                self._measure(small, [shape])
-                found = True
-        if found:
+            if shape != DENSE and (small.key, shape.key) not in self._sure:
+                wanted.setdefault(small, {})[shape] = None
+        for small, shapes in wanted.items():
+            self._make_sure(small, list(shapes), self.stopwatch)
+            self._interpolate(small)
+        if wanted:
             self.table.keep()
-        return found
+        return bool(wanted)
+
+    def _make_sure(self, small: Small, shapes: Sequence[Shape], stopwatch: Stopwatch) -> None:
+        """Put the median of a few readings into the table; what it held before is one of them."""
+        known = self.table.layers[small.key].ratios
+        readings = {shape: [known[shape.key]] if shape.key in known else [] for shape in shapes}
+        while waiting := [shape for shape in shapes if not _agree(readings[shape])]:
+            group = waiting[:AT_ONCE]
+            dense, *times = stopwatch.shapes_ms(small, [DENSE, *group])
+            for shape, ms in zip(group, times, strict=True):
+                readings[shape].append(ms / dense)
+        for shape in shapes:
+            known[shape.key] = float(np.median(readings[shape]))
+            self._sure.add((small.key, shape.key))
 
     def calibrate(self, plan: Plan, real: float) -> None:
         """Scale what layers take so that a plan's prediction is what the whole network really took.
@@ -267,6 +293,11 @@ class Timing:
             )
             for la in self._subject.layers
         }
+
+
+def _agree(readings: Sequence[float]) -> bool:
+    """Return whether no other reading is needed."""
+    return len(readings) == READINGS or (len(readings) > 1 and max(readings) <= AGREE * min(readings))
 
 
 def _frees_producer(subject: Subject, layer: Layer) -> bool:
@@ -345,8 +376,12 @@ def _alone(shape: Shape, form: str) -> Shape:
 
 def _on_lines(group: Sequence[Shape], known: Mapping[str, float], every: bool = False) -> dict[Shape, float]:
     """Return the ratios of one form along its rank or its kept channels; with ``every`` those of measured ones too."""
-    points = sorted({(s.size, known[s.key]) for s in group if s.key in known})
+    points: dict[int, list[float]] = {}
+    for s in group:
+        if s.key in known:
+            points.setdefault(s.size, []).append(known[s.key])
     if not points:
         return {}
-    places, ratios = zip(*points, strict=True)
+    places = sorted(points)
+    ratios = [float(np.mean(points[place])) for place in places]
     return {s: float(np.interp(s.size, places, ratios)) for s in group if every or s.key not in known}

@@ -20,7 +20,7 @@ from onnx_lrs.report.result import (
     SkippedLayer,
 )
 from onnx_lrs.solvers.closed_form import form_of
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, ProjectedFactors, SpatialFactors, TuckerFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors, TuckerFactors
 
 
 def layer_results(subject: Subject, rewritten: Rewritten, outcome: Outcome, known: bool) -> tuple[LayerResult, ...]:
@@ -78,10 +78,9 @@ def _describe(factors: AnyFactors | None) -> tuple[Form, int, int]:
     """Return form, rank and number of kept channels."""
     if factors is None:
         return "dense", 0, 0
-    if isinstance(factors, TuckerFactors):
-        return "tucker", factors.rank, 0
     if isinstance(factors, SpatialFactors):
-        return "projected" if isinstance(factors, ProjectedFactors) else "spatial", factors.rank, 0
+        chain: Form = factors.form  # type: ignore[assignment]
+        return chain, factors.rank, 0
     if isinstance(factors, ElementFactors):
         return "low-rank + elements" if factors.rank else "elements", factors.rank, 0
     form: Form = form_of(factors.rank, len(factors.kept))  # type: ignore[assignment]
@@ -98,7 +97,7 @@ def _macs_after(
     if factors is None and outputs is None:
         return macs
     form, rank, _ = _describe(factors)
-    first = factors.inner if isinstance(factors, TuckerFactors) else rank
+    first = factors.inner if isinstance(factors, SpatialFactors) else rank
     return macs_of(subject, layer, form, first, params)
 
 
@@ -111,8 +110,7 @@ def _params(subject: Subject, layer: Layer, factors: AnyFactors | None, outputs:
     if factors is None:
         return layer.params - share * layer.d
     if isinstance(factors, SpatialFactors):
-        last = factors.outer if isinstance(factors, TuckerFactors) else factors.left
-        return factors.params - share * int(last[0].size)
+        return factors.params - share * int(factors.last[0].size)
     return factors.params - share * (factors.rank + int(factors.sparse.shape[1]))
 
 

@@ -42,7 +42,7 @@ from onnx_lrs.solvers.problem import (
     SpatialFactors,
     TuckerFactors,
 )
-from onnx_lrs.solvers.projected import divided, flattened
+from onnx_lrs.solvers.projected import as_tucker, flattened
 from onnx_lrs.solvers.prox import through
 from onnx_lrs.solvers.spatial import goal_by_tap, metric_by_tap
 from onnx_lrs.solvers.spectral import Seen, assemble, joint, reduce_rows, seen, with_level
@@ -109,7 +109,7 @@ def _metric(problem: Problem, damping: float) -> tuple[Array, float]:
 
 
 class Form:
-    """The metric of one mu, ready for spatial (or projected) factors or for low rank + channels."""
+    """The metric of one mu, ready for a chain (spatial, projected, Tucker-2) or for low rank + channels."""
 
     def __init__(self, problem: Problem, like: AnyFactors, damping: float) -> None:
         self._problem = flattened(problem) if isinstance(like, ProjectedFactors) else problem
@@ -126,11 +126,11 @@ class Form:
         if isinstance(like, SpatialFactors):
             goal = goal_by_tap(problem, self._metric, target.weight, target.seen(self._level))
             if isinstance(like, TuckerFactors):
-                found = goal.fit(like.right, steps, like.rank)
-                core, outer = divided(found.left, like.rank)
-                return with_mean(problem, dataclasses.replace(like, left=core, right=found.right, outer=outer), mean)
-            found = goal.fit(like.right, steps)
-            return with_mean(problem, dataclasses.replace(like, left=found.left, right=found.right), mean)
+                fitted: AnyFactors = as_tucker(goal.fit(like.right, steps, like.rank), like.bias_shift)
+            else:
+                left, right, _ = goal.fit(like.right, steps)
+                fitted = dataclasses.replace(like, left=left, right=right)
+            return with_mean(problem, fitted, mean)
         assert isinstance(like, Factors)
         reduced = reduce_rows(target.weight)
         if reduced.rotation is None:

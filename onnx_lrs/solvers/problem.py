@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import scipy.sparse
@@ -278,10 +278,26 @@ class SpatialFactors:
     right: Array
     bias_shift: Array
 
+    form: ClassVar[str] = "spatial"
+
     @property
     def rank(self) -> int:
         """Number of filters between the two convolutions."""
+        return self.inner
+
+    @property
+    def inner(self) -> int:
+        """Number of filters of the first convolution."""
         return int(self.right.shape[0])
+
+    @property
+    def last(self) -> Array:
+        """The weights of the last convolution, a row an output."""
+        return self.left
+
+    def of_outputs(self, rows: Indices) -> Self:
+        """Return the factors of some of the outputs."""
+        return dataclasses.replace(self, left=self.left[rows], bias_shift=self.bias_shift[rows])
 
     @property
     def params(self) -> int:
@@ -301,6 +317,8 @@ class ProjectedFactors(SpatialFactors):
     Shapes: left (out, rank, taps), right (rank, channels, 1), bias_shift (out,), float64.
     """
 
+    form: ClassVar[str] = "projected"
+
 
 @dataclasses.dataclass(frozen=True)
 class TuckerFactors(ProjectedFactors):
@@ -312,15 +330,21 @@ class TuckerFactors(ProjectedFactors):
 
     outer: Array
 
+    form: ClassVar[str] = "tucker"
+
     @property
     def rank(self) -> int:
         """Number of filters of the k x k convolution."""
         return int(self.outer.shape[1])
 
     @property
-    def inner(self) -> int:
-        """Number of channels that the first convolution leaves."""
-        return int(self.right.shape[0])
+    def last(self) -> Array:
+        """The weights of the last convolution, a row an output."""
+        return self.outer
+
+    def of_outputs(self, rows: Indices) -> Self:
+        """Return the factors of some of the outputs."""
+        return dataclasses.replace(self, outer=self.outer[rows], bias_shift=self.bias_shift[rows])
 
     @property
     def params(self) -> int:

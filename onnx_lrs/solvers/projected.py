@@ -19,10 +19,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, ProjectedFactors, TuckerFactors
-from onnx_lrs.solvers.spatial import Trial, fit_spatial, top, trials
-from onnx_lrs.solvers.spectral import judging_moment
+from onnx_lrs.solvers.spatial import Half, Trial, fit_halves, fit_spatial, shift_of, spread, top, trials
 
-FORM, TUCKER = "projected", "tucker"
+FORM, TUCKER = ProjectedFactors.form, TuckerFactors.form
 
 
 def applies(problem: Problem) -> bool:
@@ -39,27 +38,24 @@ def projected_candidates(problem: Problem, multiple: int, damping: float) -> lis
     """Return factorisations of both forms and a few ranks with J as their loss; empty if they do not apply."""
     if not applies(problem):
         return []
-    image = problem.weight
-    if problem.moments is not None:
-        image = problem.weight @ judging_moment(problem, np.arange(problem.d))
-    found = []
+    found, inner = [], spread([*range(multiple, problem.channels, multiple)])
     for trial in trials(flattened(problem), multiple, damping):
-        found += [trial.candidate(FORM, damping), *_tucker_candidates(problem, trial, image, multiple, damping)]
+        found.append(trial.candidate(FORM, damping))
+        if problem.moments is not None or trial.rank in inner:  # without moments every rank is tried
+            found += _tucker_candidates(problem, trial, multiple, damping)
     return found
 
 
-def _tucker_candidates(
-    problem: Problem, trial: Trial, image: Array, multiple: int, damping: float
-) -> Iterator[Candidate]:
-    """Yield Tucker-2 of every outer rank beside one inner rank; ``image`` is W V, (out, d).
+def _tucker_candidates(problem: Problem, trial: Trial, multiple: int, damping: float) -> Iterator[Candidate]:
+    """Yield Tucker-2 of every outer rank beside one inner rank.
 
-    With P = W - difference the projected form's weight and U the basis of rank s, J = tr (W - U U^T P) V (...)^T.
+    With P the projected form's weight and U the basis of one rank, J = tr (W - U U^T P) V (W - U U^T P)^T, that is
+    tr W V W^T less the trace of U^T P V (2 W - P)^T U.
     """
-    basis = top(trial.curvature, problem.out)
-    crossed = (problem.weight - trial.difference) @ image.T
-    energy = crossed - (problem.weight - trial.difference) @ trial.seen.T
-    gains = np.einsum("or,or->r", basis, (2.0 * crossed - energy) @ basis)
-    total = float(np.vdot(image, problem.weight))
+    basis = top(trial.regression.explained(trial.left), problem.out)
+    near = problem.weight - trial.difference
+    gains = np.einsum("or,or->r", basis, near @ (trial.image + trial.seen).T @ basis)
+    total = float(np.vdot(trial.image, problem.weight))
     losses = np.maximum(total - np.concatenate([[0.0], np.cumsum(gains)]), 0.0)
     none = np.zeros(0, np.int64)
     for rank in range(multiple, min(problem.out, trial.rank * problem.taps), multiple):
@@ -82,16 +78,14 @@ def fit_projected(problem: Problem, rank: int, damping: float) -> tuple[Projecte
 
 def fit_tucker(problem: Problem, inner: int, rank: int, damping: float) -> tuple[TuckerFactors, tuple[float, ...]]:
     """Return Tucker-2 of the given ranks and J (on the damped metric) after left, right and left again."""
-    found, history = fit_spatial(flattened(problem), inner, damping, outer=rank)
-    core, outer = divided(found.left, rank)
-    return TuckerFactors(core, found.right, found.bias_shift, outer), history
+    half, history = fit_halves(flattened(problem), inner, damping, rank)
+    factors = as_tucker(half, np.zeros(problem.out))
+    return dataclasses.replace(factors, bias_shift=shift_of(problem, factors)), history
 
 
-def divided(left: Array, rank: int) -> tuple[Array, Array]:
-    """Return left (out, inner, taps), of that rank over outputs, as core (rank, inner, taps) and outer (out, rank).
-
-    The columns of outer are orthonormal.
-    """
-    rows = left.reshape(len(left), -1)
-    outer = top(rows @ rows.T, rank)
-    return (outer.T @ rows).reshape(rank, *left.shape[1:]), outer
+def as_tucker(half: Half, shift: Array) -> TuckerFactors:
+    """Return left, right and the basis of the outputs as three convolutions."""
+    left, right, basis = half
+    assert basis is not None  # an outer rank was asked for
+    core = (basis.T @ left.reshape(len(left), -1)).reshape(basis.shape[1], *left.shape[1:])
+    return TuckerFactors(core, right, shift, basis)

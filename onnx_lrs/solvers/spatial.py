@@ -11,7 +11,7 @@ taken tap by tap, so that one with the regressors of rank r costs r / out of wha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, SpatialFactors
 from onnx_lrs.solvers.spectral import damped, judging_moment
 
-FORM = "spatial"
+FORM = SpatialFactors.form
+Half = tuple[Array, Array, Array | None]  # left (out, rank, kw), right (rank, channels, kh), basis of the outputs
 Floating = NDArray[np.floating[Any]]
 RANKS = 8  # tried for the error curve; each costs one regression
 STEPS = 16  # of conjugate gradients for `right`
@@ -42,15 +43,16 @@ def spatial_candidates(problem: Problem, multiple: int, damping: float) -> list[
 class Trial:
     """The best left for a right of one rank, and what is left of W: ``difference`` and its product with V, (out, d).
 
-    V is the second moment of the judging samples; ``curvature`` (out, out) is left times its normal equations' moment,
-    the part of W's output energy that is explained on the samples of the fit.
+    V is the second moment of the judging samples, ``image`` W V; ``regression`` is what left, (out, rank, kw), solves.
     """
 
     rank: int
     params: int
+    left: Array
+    regression: Regression
     difference: Array
     seen: Array
-    curvature: Array
+    image: Array
 
     def candidate(self, form: str, damping: float) -> Candidate:
         """Return the trial as a candidate, J its loss."""
@@ -63,36 +65,50 @@ def trials(problem: Problem, multiple: int, damping: float) -> Iterator[Trial]:
     assert problem.kernel is not None
     kh, kw = problem.kernel
     cost = problem.channels * kh + problem.out * kw
-    ranks = np.arange(multiple, int(LARGEST * problem.params / cost) + 1, multiple)
-    if problem.moments is not None and len(ranks) > RANKS:
-        ranks = ranks[np.unique(np.round(np.geomspace(1, len(ranks), RANKS)).astype(int)) - 1]
+    ranks = [*range(multiple, int(LARGEST * problem.params / cost) + 1, multiple)]
+    if problem.moments is not None:
+        ranks = spread(ranks)
+    if not ranks:
+        return
     basis = _right_basis(problem)
-    regression = by_tap(problem, damped(problem, damping)).regression(basis[: ranks[-1]]) if len(ranks) else None
+    regression = by_tap(problem, damped(problem, damping)).regression(basis[: ranks[-1]])
     judge = None if problem.moments is None else judging_moment(problem, np.arange(problem.d))
-    for rank in (int(r) for r in ranks):
-        assert regression is not None
+    image = problem.weight if judge is None else problem.weight @ judge
+    for rank in ranks:
         left = regression.left(rank)
         difference = problem.weight - SpatialFactors(left, basis[:rank], np.zeros(0)).dense()
         seen = difference if judge is None else difference @ judge
-        yield Trial(rank, rank * cost, difference, seen, regression.curvature(left))
+        yield Trial(rank, rank * cost, left, regression, difference, seen, image)
 
 
-def fit_spatial(
-    problem: Problem, rank: int, damping: float, outer: int | None = None
-) -> tuple[SpatialFactors, tuple[float, ...]]:
-    """Return the factors of one rank and J (on the damped metric) after the fit of left, right and left again.
+def spread(ranks: Sequence[int]) -> list[int]:
+    """Return at most RANKS of some ranks, denser at the low end."""
+    if len(ranks) <= RANKS:
+        return list(ranks)
+    return [ranks[i - 1] for i in np.unique(np.round(np.geomspace(1, len(ranks), RANKS)).astype(int))]
 
-    With ``outer`` left is of that rank over the outputs.
-    """
+
+def fit_spatial(problem: Problem, rank: int, damping: float) -> tuple[SpatialFactors, tuple[float, ...]]:
+    """Return the factors of one rank and J (on the damped metric) after the fit of left, right and left again."""
+    (left, right, _), history = fit_halves(problem, rank, damping)
+    factors = SpatialFactors(left, right, np.zeros(problem.out))
+    return dataclasses.replace(factors, bias_shift=shift_of(problem, factors)), history
+
+
+def shift_of(problem: Problem, factors: SpatialFactors) -> Array:
+    """Return what keeps the mean output, (out,); zeros where no bias takes it or no mean is known."""
+    if not problem.affine or problem.moments is None:
+        return np.zeros(problem.out)
+    return np.asarray((problem.weight - factors.dense()) @ problem.moments.mean)
+
+
+def fit_halves(
+    problem: Problem, rank: int, damping: float, outer_rank: int | None = None
+) -> tuple[Half, tuple[float, ...]]:
+    """Return left and right of one rank and J (on the damped metric) after each half of the fit; see ByTap.halves."""
     goal = by_tap(problem, damped(problem, damping))
-    halves = [*goal.halves(_right_basis(problem)[:rank], steps=goal.metric is not None, outer=outer)]
-    history = [goal.objective(*half) for half in halves]
-    left, right = halves[-1]
-    dense = SpatialFactors(left, right, np.zeros(0)).dense()
-    shift = np.zeros(problem.out)
-    if problem.affine and problem.moments is not None:
-        shift = (problem.weight - dense) @ problem.moments.mean
-    return SpatialFactors(left, right, shift), tuple(history)
+    found = [*goal.halves(_right_basis(problem)[:rank], goal.metric is not None, outer_rank)]
+    return found[-1], tuple(goal.objective(left, right) for left, right, _ in found)
 
 
 def _right_basis(problem: Problem) -> Array:
@@ -123,30 +139,31 @@ class ByTap:
     metric: Array | None
     image: Array | None
 
-    def fit(self, right: Array, steps: bool, outer: int | None = None) -> SpatialFactors:
+    def fit(self, right: Array, steps: bool, outer_rank: int | None = None) -> Half:
         """Return the best left for a right, (rank, channels, kh); with ``steps``, right moved once as well."""
-        *_, (left, moved) = self.halves(right, steps, outer)
-        return SpatialFactors(left, moved, np.zeros(len(left)))
+        *_, last = self.halves(right, steps, outer_rank)
+        return last
 
-    def halves(self, right: Array, steps: bool, outer: int | None = None) -> Iterator[tuple[Array, Array]]:
+    def halves(self, right: Array, steps: bool, outer_rank: int | None = None) -> Iterator[Half]:
         """Yield left and right after each half of the fit: left, and with ``steps`` right and left again.
 
-        With ``outer`` the best left of that rank over the outputs.
+        With ``outer_rank`` it is the best left of that rank over the outputs, and a basis of those comes with it.
         """
-        left = self._left(right, outer)
-        yield left, right
+        left, basis = self._left(right, outer_rank)
+        yield left, right, basis
         if steps:
             right = self.right(left, right)
-            yield left, right
-            yield self._left(right, outer), right
+            yield left, right, basis
+            left, basis = self._left(right, outer_rank)
+            yield left, right, basis
 
-    def _left(self, right: Array, outer: int | None) -> Array:
+    def _left(self, right: Array, outer_rank: int | None) -> tuple[Array, Array | None]:
         regression = self.regression(right)
         left = regression.left()
-        if outer is None:
-            return left
-        basis = top(regression.curvature(left), outer)
-        return (basis @ (basis.T @ left.reshape(len(left), -1))).reshape(left.shape)
+        if outer_rank is None:
+            return left, None
+        basis = top(regression.explained(left), outer_rank)
+        return (basis @ (basis.T @ left.reshape(len(left), -1))).reshape(left.shape), basis
 
     def regression(self, right: Array) -> Regression:
         """Return what every left for a prefix of ``right``, (rank, channels, kh), needs."""
@@ -219,8 +236,11 @@ class Regression:
         solved = scipy.linalg.solve(gram, moment.reshape(out, -1).T, assume_a="pos")
         return np.ascontiguousarray(solved.T.reshape(out, kw, count).transpose(0, 2, 1))
 
-    def curvature(self, left: Array) -> Array:
-        """Return left G left^T, (out, out), for the best left: what U U^T left loses of J is the trace it drops."""
+    def explained(self, left: Array) -> Array:
+        """Return left G left^T, (out, out), G the normal equations' matrix, for the left that solves them.
+
+        Its trace is what left takes off J; U U^T left takes off no more than the trace of U^T (...) U.
+        """
         count = left.shape[1]
         moment = self.moment[:, :, :count].transpose(0, 2, 1).reshape(len(left), -1)
         return np.asarray(left.reshape(len(left), -1) @ moment.T)
@@ -228,7 +248,9 @@ class Regression:
 
 def top(gram: Array, rank: int) -> Array:
     """Return the strongest eigenvectors of a symmetric matrix, (n, rank), by falling eigenvalue."""
-    return np.ascontiguousarray(np.linalg.eigh((gram + gram.T) / 2)[1][:, ::-1][:, :rank])
+    count, symmetric = len(gram), (gram + gram.T) / 2
+    vectors = scipy.linalg.eigh(symmetric, subset_by_index=(max(count - rank, 0), count - 1), check_finite=False)[1]
+    return np.ascontiguousarray(vectors[:, ::-1])
 
 
 def by_tap(problem: Problem, metric: Array | None) -> ByTap:
