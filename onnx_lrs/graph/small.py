@@ -8,6 +8,7 @@ behind it. The neighbours are the cheapest that stay in the layout: a 1x1 Conv f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -158,6 +159,7 @@ def build_small(small: Small, shape: Shape) -> tuple[onnx.ModelProto, Feed]:
     return rewrite(view, layers, factors, ranks).model, feed
 
 
+@functools.lru_cache(maxsize=1)  # all layers of a model ask for the same
 def streamer(mib: int) -> tuple[onnx.ModelProto, Feed]:
     """Return a graph that reads so many MiB of weights once: after it other weights have left the near caches."""
     draft = _Draft()
