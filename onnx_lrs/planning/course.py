@@ -249,7 +249,9 @@ def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, cloc
 
         with clock.stage("search", SEARCH_STEPS):
             found = Search(planner, fitter, gate, build).run(end_to_end, job.progress)
-        _refuse_if_apart(budget, found, planner, end_to_end)
+        if end_to_end is not None and found.plan.chosen:
+            timing.calibrate(found.plan, end_to_end.ratio(found.plan))
+        _refuse_if_apart(budget, found, planner)
         return Outcome(
             {}, plan=found.plan, timing=timing, steps=found.steps, nothing=found.why, gate=gate, notes=found.notes
         )
@@ -261,7 +263,7 @@ def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, cloc
     return Outcome({}, plan=plan, timing=timing)
 
 
-def _refuse_if_apart(budget: Budget, found: Found, planner: Planner, end_to_end: EndToEnd | None) -> None:
+def _refuse_if_apart(budget: Budget, found: Found, planner: Planner) -> None:
     """Refuse a limit that is not met within what may be lost, and say how near one gets."""
     if not budget.limits:
         return
@@ -270,8 +272,7 @@ def _refuse_if_apart(budget: Budget, found: Found, planner: Planner, end_to_end:
     if budget.latency is None:
         return
     assert planner.timing is not None
-    predicted = planner.timing.predict_ms(found.plan) / planner.timing.original_ms
-    real = predicted if end_to_end is None else end_to_end.ratio(found.plan)
+    real = planner.timing.predict_ms(found.plan) / planner.timing.original_ms  # timed in the network, if it is here
     if real <= budget.latency:
         return
     lost = [step.drop for step in found.steps if step.predicted <= budget.latency and not step.held]

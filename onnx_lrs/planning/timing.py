@@ -5,7 +5,7 @@ same rounds. A plan's prediction is the original model's own latency plus what e
 
     T + s * sum_l (t_l(chosen) - t_l(dense)),
 
-s being set once so that it holds for a plan that was timed in the network (:meth:`Timing.calibrate`).
+s being set so that it holds for plans that were timed in the network (:meth:`Timing.calibrate`), the one chosen last.
 
 First a few ranks of each form are measured and the others interpolated. What a plan then picks is measured, or measured
 again (:meth:`Timing.refine`), and the plan made anew: it picks what takes little time, and with it what noise made
