@@ -62,7 +62,7 @@ class Small:
     shortcut: bool
     cold_mib: int = 0
 
-    @property
+    @functools.cached_property  # asked for every candidate
     def key(self) -> str:
         """A text that is equal for equal layers, and only for those."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
