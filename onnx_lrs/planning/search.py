@@ -277,7 +277,8 @@ class Search:
 
     def _to_be_tried(self, high: float, floor: float, progress: Progress) -> list[float]:
         """Return latencies to be confirmed, the tightest first."""
-        looser = [high + share * (self._top - high) for share in (0.25, 0.5, 0.75)]
+        steps = ((1, 0.25), (2, 0.5), (4, 0.75))  # of TIGHTER, and of the way to the loosest: the nearer one
+        looser = [min(high / TIGHTER**power, high + share * (self._top - high)) for power, share in steps]
         held: list[float] = []
         low, at = floor, high * TIGHTER
         for _ in range(CASCADES - 1):
