@@ -36,6 +36,7 @@ from onnx_lrs.report.notes import (
     ELEMENT_METHODS,
     closing_notes,
     element_notes,
+    file_notes,
     fit_notes,
     latency_notes,
     mapped_notes,
@@ -121,6 +122,7 @@ def compress(job: Job) -> Result:
             *fit_notes(subject, outcome),
             *closing_notes(verdict.before, after, verdict.quality, bool(verdict.unchanged)),
             *latency_notes(job, verdict.before, after),
+            *file_notes(job, outcome),
             *element_notes(layers),
             *side_notes(job, material, verdict.quality, bool(outside)),
             *mapped_notes(subject),
@@ -240,6 +242,10 @@ def _check_method(job: Job) -> None:
         raise ConfigError("--structure elements makes no layer faster.", "Use --params or --size.")
     if budget.gain is not None and (job.config.plan is not None or job.config.dry_run):
         raise ConfigError("--gain makes no plan: --plan and --dry-run do not go with it.", "Leave one of them out.")
+    if job.config.latency_table is not None and not budget.is_timed and job.config.plan is None:
+        raise ConfigError(
+            f"--latency-table: no latency decides {budget}.", "Use --latency or --max-drop, or leave the table out."
+        )
     if budget.max_drop is not None and job.inputs.data is None:
         raise ConfigError(
             "--max-drop needs typical inputs to see what is lost.",

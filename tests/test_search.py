@@ -109,6 +109,21 @@ def test_a_plan_for_another_device_keeps_to_its_latency(table, limit, tmp_path):
     assert (result.unchanged, result.search) == ("", ())
 
 
+def test_what_was_written_beside_the_model_and_whose_latencies_counted_is_said(table, tmp_path):
+    plan, own = tmp_path / "plan.json", tmp_path / "own.json"
+    foreign = squeeze(budget=Budget(latency=0.6), latency_table=table, plan=plan)
+    assert any(f"latencies in {table} are those of a board on another desk" in note for note in foreign.notes)
+    assert any("nothing was timed for it" in note for note in foreign.notes)
+    assert f"The plan is in {plan}." in foreign.notes
+    again = squeeze(plan=plan)
+    assert not any("The plan is in" in note for note in again.notes)
+    ours = squeeze(budget=Budget(latency=1.0), latency_table=own, dry_run=True)
+    assert own.exists()
+    assert not any("nothing was timed" in note for note in ours.notes)
+    with pytest.raises(errors.ConfigError, match="--latency-table: no latency decides --params"):
+        squeeze(budget=Budget(params=0.5), latency_table=own)
+
+
 def test_with_another_devices_table_nothing_is_timed_and_runs_repeat(table):
     before = table.read_bytes()
     both = [squeeze(budget=Budget(latency=0.5), latency_table=table) for _ in range(2)]
@@ -671,10 +686,10 @@ def test_one_sample_cannot_judge_twice():
 
 @pytest.mark.parametrize("name", ["plan", "latency_table"])
 def test_files_that_could_not_be_written_are_refused_at_once(name, tmp_path):
-    config = Config(budget=Budget(params=0.5), **{name: tmp_path / "missing" / "file.json"})
+    config = Config(budget=Budget(latency=0.5), **{name: tmp_path / "missing" / "file.json"})
     with pytest.raises(errors.OutputError, match="does not exist"):
         onnx_lrs.compress(nets.conv_net(), config=config)
-    config = Config(budget=Budget(params=0.5), **{name: tmp_path / "small.onnx"})
+    config = Config(budget=Budget(latency=0.5), **{name: tmp_path / "small.onnx"})
     with pytest.raises(errors.ConfigError, match="is the output itself"):
         onnx_lrs.compress(nets.conv_net(), tmp_path / "small.onnx", config=config)
 

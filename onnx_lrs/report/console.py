@@ -179,7 +179,7 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
         Where to print; stderr by default.
     """
     blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result)]
-    blocks += [*_optimised(result.optimised, verbose), "", *_quality(result.quality)]
+    blocks += [*_optimised(result.optimised, verbose), "", *_quality(result)]
     blocks += [*_search(result), "", *_layers(result, verbose), *_certificate(result)]
     blocks += _skipped_all(result) if verbose else _skipped_summary(result)
     blocks += ["", *_notes(result.notes), _effort_line(result, verbose)]
@@ -187,7 +187,7 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
     _print(blocks, console)
     written = "Nothing was written: no output file was named." if result.output is None else f"Wrote {result.output}"
     if result.dry_run:
-        written = "Nothing was written: a dry run. Errors are those that the plan counts with; the rest was measured."
+        written = "No model was written: a dry run. Errors are those that the plan counts with; the rest was measured."
     elif result.unchanged:
         written = f"Nothing pays: {result.unchanged}. {written}, the original as it was."
     console.print(_text(written), soft_wrap=True)  # a path in one piece can be copied
@@ -290,9 +290,12 @@ def _op_counts(optimised: Optimised) -> Table:
     return table
 
 
-def _quality(quality: tuple[OutputQuality, ...] | None) -> list[RenderableType]:
+def _quality(result: Result) -> list[RenderableType]:
+    quality = result.quality
     if not quality:
         reason = "no calibration data" if quality is None else "the model has no floating-point output"
+        if result.dry_run or result.unchanged:
+            reason = "a dry run" if result.dry_run else "nothing was changed"
         return [_text(f"Quality: not measured ({reason}).")]
     columns: dict[str, list[str]] = {
         "Output": [q.name for q in quality],

@@ -132,12 +132,24 @@ def closing_notes(
 def latency_notes(job: Job, before: Totals, after: Totals) -> list[str]:
     """Say where the last measurement is above the limit of latency that the plan kept to."""
     wanted = job.budget.latency
-    if wanted is None or before.latency_ms is None or after.latency_ms is None or job.config.latency_table is not None:
+    if wanted is None or before.latency_ms is None or after.latency_ms is None:
         return []
     real = after.latency_ms / before.latency_ms
     if real <= wanted * SLOWER:
         return []
     return [f"Measured at last: {real:.2f} of the latency; --latency {wanted:g} was kept to when the plan was made."]
+
+
+def file_notes(job: Job, outcome: Outcome) -> list[str]:
+    """Say what was written beside the model, and whose latencies a plan was made with."""
+    notes, table, plan = [], job.config.latency_table, job.config.plan
+    if table is not None and outcome.timing is not None:
+        known = f"The latencies in {table} are those of {outcome.timing.device}"
+        rest = "" if outcome.timing.is_here else "; the plan was made with them, and nothing was timed for it"
+        notes.append(f"{known}{rest}.")
+    if plan is not None and not job.replays and outcome.plan is not None:
+        notes.append(f"The plan is in {plan}.")
+    return notes
 
 
 def element_notes(layers: tuple[LayerResult, ...]) -> list[str]:
