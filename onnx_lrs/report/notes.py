@@ -129,18 +129,19 @@ def closing_notes(
     return notes
 
 
-def latency_notes(job: Job, before: Totals, after: Totals) -> list[str]:
-    """Say where the last measurement is above the limit of latency that the plan kept to."""
-    wanted = job.budget.latency
+def latency_notes(job: Job, outcome: Outcome, totals: tuple[Totals, Totals]) -> list[str]:
+    """Say what a plan was made with, and where the last measurement is above the limit that it kept to."""
+    notes, wanted, (before, after) = _file_notes(job, outcome), job.budget.latency, totals
     if wanted is None or before.latency_ms is None or after.latency_ms is None:
-        return []
+        return notes
     real = after.latency_ms / before.latency_ms
-    if real <= wanted * SLOWER:
-        return []
-    return [f"Measured at last: {real:.2f} of the latency; --latency {wanted:g} was kept to when the plan was made."]
+    if real > wanted * SLOWER:
+        kept = f"--latency {wanted:g} was kept to when the plan was made"
+        notes.append(f"Measured at last: {real:.2f} of the latency; {kept}.")
+    return notes
 
 
-def file_notes(job: Job, outcome: Outcome) -> list[str]:
+def _file_notes(job: Job, outcome: Outcome) -> list[str]:
     """Say what was written beside the model, and whose latencies a plan was made with."""
     notes, table, plan = [], job.config.latency_table, job.config.plan
     if table is not None and outcome.timing is not None:
