@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import re
+import typing
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from onnx_lrs.config import Budget, Config
 from onnx_lrs.report import console as shown
 from onnx_lrs.report.console import ConsoleProgress, print_inspection, print_result
 from onnx_lrs.report.result import (
+    Form,
     Inspection,
     LayerInfo,
     LayerResult,
@@ -28,17 +30,7 @@ from onnx_lrs.report.result import (
     ratio_of,
 )
 
-FORMS = (
-    "dense",
-    "low-rank",
-    "channels",
-    "low-rank + channels",
-    "spatial",
-    "projected",
-    "tucker",
-    "elements",
-    "low-rank + elements",
-)
+FORMS = typing.get_args(Form)
 
 
 def layer(index: int, form: str = "low-rank + channels", **changes) -> LayerResult:

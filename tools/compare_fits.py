@@ -60,14 +60,8 @@ from onnx_lrs.runtime.session import Session
 
 FITS = {"independent": "independent", "cascade-linear": "cascade", "cascade": "cascade + activation"}  # and titles
 BASE = "independent"  # what the others are held against, and all there is where Config has no field ``fit``
-OWN = (
-    "budget",
-    "fit",
-    "plan",
-    "dry_run",
-    "latency_table",
-    "provider",
-)  # fields of Config that make a cell; cells of one model share the others
+# fields of Config that make a cell; cells of one model share the others
+OWN = ("budget", "fit", "plan", "dry_run", "latency_table", "provider")
 BUDGETS = ("latency", "params", "macs", "size", "max_drop", "gain")
 TAKEN = ("output", *BUDGETS, "fit", "json", "random_data", "plan", "dry_run")  # flags of onnx-lrs without a use here
 PLAIN = "plain_forward"

@@ -58,9 +58,9 @@ from onnx_lrs.runtime.session import CPU, runtime
 from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.closed_form import importance
 from onnx_lrs.solvers.moments import Moments
-from onnx_lrs.solvers.problem import Problem
+from onnx_lrs.solvers.problem import Problem, spread
 from onnx_lrs.solvers.projected import TUCKER, fit_projected, fit_tucker, tucker_params
-from onnx_lrs.solvers.spatial import fit_spatial
+from onnx_lrs.solvers.spatial import fit_spatial, top
 from onnx_lrs.solvers.spectral import assemble, choose_damping, damped, reduce_rows, splits
 
 Array = NDArray[np.float64]
@@ -221,10 +221,9 @@ class Bed:
     def ranks(self, side: int, cost: float, fixed: float = 0.0, count: int = 8) -> list[int]:
         """Return at most ``count`` sizes below ``side`` that cost 0.05 to 0.9 of the dense layer, small ones denser."""
         step = MULTIPLE if side >= SMALL_SIDE else MULTIPLE // 2
-        every = [r for r in range(step, side, step) if 0.05 <= (fixed + r * cost) / self.problem.params <= 0.9]
-        if len(every) <= count:
-            return every
-        return [every[i] for i in np.unique(np.round(np.geomspace(1, len(every), count)).astype(int)) - 1]
+        return spread(
+            [r for r in range(step, side, step) if 0.05 <= (fixed + r * cost) / self.problem.params <= 0.9], count
+        )
 
 
 def low_rank_trials(bed: Bed) -> Iterator[Trial]:
@@ -347,10 +346,6 @@ def grouped_trials(bed: Bed) -> Iterator[Trial]:
 TRIALS = (low_rank_trials, spatial_trials, projected_trials, tucker_trials, centre_trials, grouped_trials)
 
 
-def _top(gram: Array, rank: int) -> Array:
-    return np.ascontiguousarray(np.linalg.eigh(gram)[1][:, ::-1][:, :rank])
-
-
 def natural(bed: Bed, group: int) -> NDArray[np.int64]:
     """Return the group of each output and of each channel, one after the other, in their own order."""
     out, channels = bed.layer.out, bed.layer.channels
@@ -391,7 +386,7 @@ def fit_grouped(bed: Bed, mask: NDArray[np.int64], rank: int) -> Array:
             grouped[np.ix_(rows, own)] = scipy.linalg.cho_solve(factor, image.T).T
         if rank:
             rest = problem.weight - grouped
-            basis = _top(rest @ bed.metric @ rest.T, rank)
+            basis = top(rest @ bed.metric @ rest.T, rank)
             low = basis @ (basis.T @ rest)
     return low + grouped
 

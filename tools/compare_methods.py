@@ -63,7 +63,7 @@ from onnx_lrs.progress import Silent
 from onnx_lrs.solvers import Budget, Problem, Solution, objective
 from onnx_lrs.solvers.behind import activation_error
 from onnx_lrs.solvers.blas import threads_for
-from onnx_lrs.solvers.problem import judged
+from onnx_lrs.solvers.problem import CHAINS, judged
 
 LENET_LAYERS = ("conv2", "fc1", "fc2")
 BUDGETS = ("1/2", "1/4", "1/8", "1/16")
@@ -397,8 +397,7 @@ def _shape_text(record: Record | None) -> str:
     if record is None or "params" not in record:
         return ""
     sparse = f"{record['elements']:,}e" if record["elements"] else str(record["channels"])
-    chain = record["form"] in ("spatial", "projected", "tucker")
-    shape = f"{record['rank']} {record['form']}" if chain else f"{record['rank']} + {sparse}"
+    shape = f"{record['rank']} {record['form']}" if record["form"] in CHAINS else f"{record['rank']} + {sparse}"
     return f"{shape} ({record['share']:.1%})"
 
 

@@ -17,12 +17,12 @@ from onnx_lrs.errors import ConfigError, OutputError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.solvers import Candidate
+from onnx_lrs.solvers.problem import CHAINS
 from onnx_lrs.solvers.projected import TUCKER, tucker_params
 from onnx_lrs.work import replacing
 
 FORMAT = 1
 DENSE = "dense"
-CHAINS = ("spatial", "projected", TUCKER)  # of a k x k kernel
 REMEDY = "Mend the entry, or let a run write a new plan into a new file."
 
 

@@ -34,6 +34,7 @@ from onnx_lrs.runtime.latency import fast_quarter, times_in_turn
 from onnx_lrs.runtime.session import Feed, Session
 from onnx_lrs.runtime.table import Device, Entry, Table
 from onnx_lrs.solvers import Candidate
+from onnx_lrs.solvers.problem import spread
 
 NS_PER_MS = 1e6
 DENSE = Shape()
@@ -311,11 +312,11 @@ def _grid(shapes: Sequence[Shape]) -> list[Shape]:
     found: list[Shape] = []
     for form, group in _by_form(shapes):
         if form.kept and form.rank:
-            found += _spread(sorted(group, key=lambda s: (s.rank / 64 + s.kept / 64, s.rank)), PAIRS)
-            found += [_alone(s, "low-rank") for s in _spread(_ranks(group), POINTS)]
-            found += [_alone(s, "channels") for s in _spread(_kept(group), POINTS)]
+            found += spread(sorted(group, key=lambda s: (s.rank / 64 + s.kept / 64, s.rank)), PAIRS)
+            found += [_alone(s, "low-rank") for s in spread(_ranks(group), POINTS)]
+            found += [_alone(s, "channels") for s in spread(_kept(group), POINTS)]
         else:
-            found += _spread(sorted(group, key=lambda s: (s.size, s.rank)), POINTS)
+            found += spread(sorted(group, key=lambda s: (s.size, s.rank)), POINTS)
     return list(dict.fromkeys(found))
 
 
@@ -325,14 +326,6 @@ def _ranks(group: Sequence[Shape]) -> list[Shape]:
 
 def _kept(group: Sequence[Shape]) -> list[Shape]:
     return sorted({s.kept: s for s in group}.values(), key=lambda s: s.kept)
-
-
-def _spread(shapes: Sequence[Shape], count: int) -> list[Shape]:
-    """Return some shapes of a sorted list, denser at the low end."""
-    if len(shapes) <= count:
-        return list(shapes)
-    places = np.unique(np.round(np.geomspace(1, len(shapes), count)).astype(int)) - 1
-    return [shapes[int(i)] for i in places]
 
 
 def _by_form(shapes: Sequence[Shape]) -> Iterator[tuple[Shape, list[Shape]]]:

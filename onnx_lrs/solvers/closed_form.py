@@ -27,6 +27,7 @@ from onnx_lrs.solvers.problem import (
     columns_of,
     judged,
     objective,
+    spread,
 )
 from onnx_lrs.solvers.projected import FORM as PROJECTED
 from onnx_lrs.solvers.projected import TUCKER, fit_projected, fit_tucker, projected_candidates
@@ -65,11 +66,7 @@ class Family:
 def kept_counts(channels: int, rows: int, multiple: int) -> list[int]:
     """Return the support sizes to try: multiples, at most 12 (an eigenproblem each), denser at the low end."""
     most = 12 if rows <= 1024 else 6 if rows <= 2048 else 3
-    every = np.arange(multiple, channels, multiple)
-    if len(every) <= most:
-        return [int(k) for k in every]
-    picked = np.unique(np.round(np.geomspace(1, len(every), most)).astype(int))
-    return [int(every[i - 1]) for i in picked]
+    return spread(range(multiple, channels, multiple), most)
 
 
 def hsvd(problem: Problem, multiple: int, damping: float) -> Family:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import scipy.sparse
@@ -25,6 +26,7 @@ from onnx_lrs.solvers.moments import Moments
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
+T = TypeVar("T")
 Structure = Literal["channels", "elements"]
 LARGEST = 0.95  # of the dense layer: a candidate that saves less is not worth a second branch
 
@@ -384,6 +386,7 @@ class ElementFactors:
 
 
 AnyFactors = Factors | SpatialFactors | ElementFactors
+CHAINS = (SpatialFactors.form, ProjectedFactors.form, TuckerFactors.form)  # of a k x k kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,6 +426,13 @@ class Solution:
     residuals: tuple[tuple[float, float], ...] = ()
     allowed: float | None = None
     error: float | None = None
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """Return at most so many of some sorted items, denser at the low end, both ends among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i - 1] for i in np.unique(np.round(np.geomspace(1, len(items), most)).astype(int))]
 
 
 def columns_of(channels: Indices, taps: int) -> Indices:

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, ProjectedFactors, TuckerFactors
-from onnx_lrs.solvers.spatial import Half, Trial, fit_halves, fit_spatial, shift_of, spread, top, trials
+from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, ProjectedFactors, TuckerFactors, spread
+from onnx_lrs.solvers.spatial import RANKS, Half, Trial, fit_halves, fit_spatial, shift_of, top, trials
 
 FORM, TUCKER = ProjectedFactors.form, TuckerFactors.form
 
@@ -38,7 +38,7 @@ def projected_candidates(problem: Problem, multiple: int, damping: float) -> lis
     """Return factorisations of both forms and a few ranks with J as their loss; empty if they do not apply."""
     if not applies(problem):
         return []
-    found, inner = [], spread([*range(multiple, problem.channels, multiple)])
+    found, inner = [], spread(range(multiple, problem.channels, multiple), RANKS)
     for trial in trials(flattened(problem), multiple, damping):
         found.append(trial.candidate(FORM, damping))
         if problem.moments is not None or trial.rank in inner:  # without moments every rank is tried

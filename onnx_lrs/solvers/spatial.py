@@ -11,14 +11,14 @@ taken tap by tap, so that one with the regressors of rank r costs r / out of wha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, SpatialFactors
+from onnx_lrs.solvers.problem import LARGEST, Array, Candidate, Problem, SpatialFactors, spread
 from onnx_lrs.solvers.spectral import damped, judging_moment
 
 FORM = SpatialFactors.form
@@ -67,7 +67,7 @@ def trials(problem: Problem, multiple: int, damping: float) -> Iterator[Trial]:
     cost = problem.channels * kh + problem.out * kw
     ranks = [*range(multiple, int(LARGEST * problem.params / cost) + 1, multiple)]
     if problem.moments is not None:
-        ranks = spread(ranks)
+        ranks = spread(ranks, RANKS)
     if not ranks:
         return
     basis = _right_basis(problem)
@@ -79,13 +79,6 @@ def trials(problem: Problem, multiple: int, damping: float) -> Iterator[Trial]:
         difference = problem.weight - SpatialFactors(left, basis[:rank], np.zeros(0)).dense()
         seen = difference if judge is None else difference @ judge
         yield Trial(rank, rank * cost, left, regression, difference, seen, image)
-
-
-def spread(ranks: Sequence[int]) -> list[int]:
-    """Return at most RANKS of some ranks, denser at the low end."""
-    if len(ranks) <= RANKS:
-        return list(ranks)
-    return [ranks[i - 1] for i in np.unique(np.round(np.geomspace(1, len(ranks), RANKS)).astype(int))]
 
 
 def fit_spatial(problem: Problem, rank: int, damping: float) -> tuple[SpatialFactors, tuple[float, ...]]:
