@@ -13,7 +13,7 @@ from onnx_lrs.calibration.subject import Subject, examine
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.planning.plan import Limit, limits_of
-from onnx_lrs.planning.prices import Macs, Params, Plan, Price, Size, alive_after
+from onnx_lrs.planning.prices import Macs, Params, Plan, Price, Size, alive_after, saved
 from onnx_lrs.planning.search import stand_in
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
@@ -147,7 +147,7 @@ def really(subject: Subject, plan: Plan) -> onnx.ModelProto:
 def foretold(subject: Subject, price: Price, plan: Plan) -> int:
     """Return the cost of the whole model as the planner counts it."""
     more = sum(price.of(la, plan.chosen[la.node]) - price.dense(la) for la in subject.layers if la.node in plan.chosen)
-    return price.now + more - price.saved(plan, alive_after(subject, plan))
+    return price.now + more - saved(price, subject, plan, alive_after(subject, plan))
 
 
 def subject_of(model: onnx.ModelProto) -> Subject:

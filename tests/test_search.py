@@ -560,6 +560,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"form": "tucker", "rank": 4, "kept_channels": None}, "form is 'tucker'; only 2-D convolutions"),
     ({"form": "low-rank", "rank": 4, "kept_channels": None, "damping": -1}, "damping is -1"),
     ({"form": "low-rank", "rank": 4, "kept_channels": None, "damping": "much"}, "damping is 'much'"),
+    ({"rnak": 4}, "'rnak' is no field of a plan; there are damping, elements, form,"),
 ]
 
 
@@ -588,12 +589,37 @@ def test_a_plan_of_another_model_is_refused(plan, node):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", '{"format": 1}', '{"format": 2, "layers": []}', '{"format": 1, "layers": [3]}']
+    ("text", "why"),
+    [
+        ("", "Expecting value: line 1"),
+        ("{", "Expecting property name .*: line 1"),
+        *(
+            (text, 'it needs "format": 1 and a list')
+            for text in ("[]", "3", '{"format": 1}', '{"format": 1, "layers": [3]}')
+        ),
+        ('{"format": 2, "layers": []}', 'it needs "format": 1'),
+    ],
 )
-def test_what_is_no_plan_is_refused(text, tmp_path):
+def test_what_is_no_plan_is_refused(text, why, tmp_path):
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(errors.ConfigError, match="is no plan"):
+    with pytest.raises(errors.ConfigError, match=f"plan.json is no plan: {why}"):
         squeeze(plan=tmp_path / "plan.json")
+
+
+def test_a_plan_that_cannot_be_read_says_why(tmp_path):
+    with pytest.raises(errors.ConfigError, match="is no plan: Is a directory"):
+        squeeze(plan=tmp_path)
+
+
+def test_an_entry_copied_from_another_layer_is_refused(plan):
+    content = json.loads(plan.read_text())
+    first, second = content["layers"][:2]
+    plan.write_text(json.dumps(content | {"layers": [first, second, second | {"form": "dense"}]}))
+    with pytest.raises(errors.ConfigError, match=f"layer '{second['name']}': it is there twice"):
+        squeeze(plan=plan, method="lrs")
+    plan.write_text(json.dumps(content | {"layers": [first | {"name": second["name"]}]}))
+    with pytest.raises(errors.ConfigError, match=f"layer '{first['name']}': its name is '{second['name']}'"):
+        squeeze(plan=plan, method="lrs")
 
 
 def test_a_plan_and_a_budget_contradict_each_other(plan):

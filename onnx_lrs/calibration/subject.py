@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
 from onnx_lrs.graph.fold import fold_batch_norm
 from onnx_lrs.graph.layers import Layer, Skipped, find, tensors_around
 from onnx_lrs.graph.model import ModelSource, View
+from onnx_lrs.graph.rewrite import Reach, reach_of
 from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
 
@@ -71,6 +73,11 @@ class Subject:
     dynamic_batch: bool
     batch: int
     scratch: Scratch | None = None
+
+    @functools.cached_property
+    def reach(self) -> Reach:
+        """Who reads which layer's filters."""
+        return reach_of(self.view, self.layers)
 
     @property
     def ranks(self) -> dict[str, int]:

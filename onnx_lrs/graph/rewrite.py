@@ -159,20 +159,30 @@ def _reads_only_kept(factors: AnyFactors) -> TypeGuard[Factors]:
     return isinstance(factors, Factors) and not factors.rank
 
 
+Reach = Mapping[str, tuple[list[str], set[str]]]
+
+
+def reach_of(view: View, layers: Sequence[Layer]) -> Reach:
+    """Return who reads a layer's filters and the tensors on the way, by node, for each layer that could lose some."""
+    reach = {la.node: None if _passed_bias(view, la) else _readers_behind(view, la) for la in layers}
+    return {node: found for node, found in reach.items() if found is not None and found[0]}
+
+
 def alive_outputs(
-    view: View, layers: Sequence[Layer], reads: Mapping[str, Indices]
+    view: View, layers: Sequence[Layer], reads: Mapping[str, Indices], reach: Reach | None = None
 ) -> tuple[dict[str, Indices], set[str]]:
     """Return the filters still read, for each layer that loses some, and the tensors that become narrower.
 
-    ``reads`` gives the channels read by each layer (by node) that does not read all of them.
+    ``reads`` gives the channels read by each layer (by node) that does not read all of them; ``reach`` is what
+    :func:`reach_of` gives, where it is known already.
     """
+    reach = reach_of(view, layers) if reach is None else reach
     alive: dict[str, Indices] = {}
     reshaped: set[str] = set()
     for layer in layers:
-        reach = None if _passed_bias(view, layer) else _readers_behind(view, layer)
-        if reach is None or not reach[0] or any(reader not in reads for reader in reach[0]):
+        readers, passed = reach.get(layer.node, ((), set()))
+        if not readers or any(reader not in reads for reader in readers):
             continue
-        readers, passed = reach
         union = np.unique(np.concatenate([reads[reader] for reader in readers])).astype(np.int64)
         if len(union) < layer.out:
             alive[layer.node] = union

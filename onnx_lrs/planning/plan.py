@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from onnx_lrs.calibration.capture import Roles, Statistic, groups
 from onnx_lrs.calibration.subject import Subject
@@ -13,7 +17,7 @@ from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.planning.allocate import Choice, allocate
 from onnx_lrs.planning.candidates import Question, candidates_and_probe
-from onnx_lrs.planning.prices import Macs, Params, Plan, Price, Size, alive_after
+from onnx_lrs.planning.prices import CHANNELS, Alive, Macs, Params, Plan, Price, Size, alive_after, reads_of, saved
 from onnx_lrs.planning.sensitivity import bounded
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Task
@@ -21,10 +25,12 @@ from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
 
-SLACK_ROUNDS = 8
-SLACK_SHARE = 0.005  # of the limit: less is not worth another round
+AROUND_ROUNDS = 6  # of solving the knapsack with costs that hold around the best plan so far
+LEAST_GAIN = 1e-3  # of the loss: less is not worth another of these rounds
+SHRINKS = 3  # of the limits in such a round
 Curves = Mapping[str, Sequence[Candidate]]
 Curve = tuple[list[Candidate], tuple[float, AnyFactors] | None]  # of one layer, with its probe's loss and factors
+Reads = Mapping[str, NDArray[np.int64]]
 CURVE, PLAN, START = "curve", "plan", "start"  # kinds of what is kept
 
 
@@ -44,10 +50,10 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """A plan with the sum of its layers' costs under each limit, and what is left of that once dead filters go."""
+    """A plan with its loss, and the sum of its layers' costs under each limit once dead filters are gone."""
 
     plan: Plan
-    costs: tuple[int, ...]
+    loss: float
     spent: tuple[int, ...]
 
 
@@ -142,8 +148,10 @@ def weighted(curves: Curves, sensitivity: Mapping[str, float]) -> dict[str, list
 def make_plan(subject: Subject, curves: Curves, limits: Sequence[Limit], dense: Collection[str] = ()) -> Plan:
     """Choose one candidate for each layer so that the whole model keeps to the limits at the least total loss.
 
-    Filters that no reader needs any more (graph/rewrite.py) make a plan cheaper than the sum of its layers. That slack
-    is given out again until the real cost comes close to the limits.
+    Filters that no reader needs any more (graph/rewrite.py) make a plan cheaper than the sum of its layers, which a
+    knapsack does not see. So from its plan, and from that of kept channels alone, it is solved again and again with
+    costs that hold while one layer of the plan changes, as long as the plan gets better; the real cost is looked at
+    each time.
 
     Parameters
     ----------
@@ -161,29 +169,131 @@ def make_plan(subject: Subject, curves: Curves, limits: Sequence[Limit], dense: 
     BudgetError
         If even the smallest candidates exceed it; names what can be reached.
     """
-    layers = [layer for layer in subject.layers if curves[layer.node] and layer.node not in dense]
-    choices = [_choices(layer, curves[layer.node], limits) for layer in layers]
-    most = []
-    for k, limit in enumerate(limits):
-        fixed = limit.price.now - sum(options[0].costs[k] for options in choices)
-        most.append(limit.most - fixed)
-    room = tuple(most)
+    desk = Desk(subject, curves, limits, dense)
+    starts = [desk.best()]
+    narrow = {node: [c for c in own if c.form == CHANNELS] for node, own in curves.items()}
+    if desk.is_coupled and any(len(narrow[node]) < len(own) for node, own in curves.items()):
+        with contextlib.suppress(BudgetError):  # channels alone need not reach what all forms do
+            starts.append(Desk(subject, narrow, limits, dense).best())
+    return min((desk.improved(start) for start in starts), key=lambda solved: solved.loss).plan
 
-    def solve(given: Sequence[int]) -> Solved | None:
+
+class Desk:
+    """The knapsack of one plan: layers, what each may become at which costs, and how much room there is."""
+
+    def __init__(self, subject: Subject, curves: Curves, limits: Sequence[Limit], dense: Collection[str]) -> None:
+        self._subject, self._limits = subject, limits
+        self._layers = [layer for layer in subject.layers if curves[layer.node] and layer.node not in dense]
+        self._options = {la.node: [None, *curves[la.node]] for la in self._layers}  # None: as it is
+        self._choices = [_choices(layer, curves[layer.node], limits) for layer in self._layers]
+        fixed = [x.price.now - sum(o[0].costs[k] for o in self._choices) for k, x in enumerate(limits)]
+        self._room = tuple(x.most - less for x, less in zip(limits, fixed, strict=True))
+        self._producers: dict[str, list[Layer]] = {}
+        for layer in subject.layers:
+            for reader in subject.reach.get(layer.node, ((), ()))[0]:
+                self._producers.setdefault(reader, []).append(layer)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether a candidate of any layer could make another one cheaper."""
+        return any(
+            layer.node in self._producers
+            and any(c is not None and c.form == CHANNELS for c in self._options[layer.node])
+            for layer in self._layers
+        )
+
+    def best(self) -> Solved:
+        """Return the plan of a knapsack that does not see what layers save each other.
+
+        Raises
+        ------
+        BudgetError
+            If the smallest candidates exceed a limit.
+        """
+        found = self._solve(self._room, self._choices)
+        if found is None:
+            raise _unreachable(self._layers, self._choices, self._limits, self._room)
+        return found
+
+    def improved(self, start: Solved) -> Solved:
+        """Return a plan at least as good, found around the given one."""
+        best = start
+        for _ in range(AROUND_ROUNDS if self.is_coupled else 0):
+            trial = self._around(best)
+            if trial is None or trial.loss > (1 - LEAST_GAIN) * best.loss:
+                break
+            best = trial
+        return best
+
+    def _solve(self, given: Sequence[int], choices: Sequence[Sequence[Choice]]) -> Solved | None:
+        """Return the plan of least loss within these sums of costs, with what it really costs."""
         chosen = allocate(choices, given)
         if chosen is None:
             return None
-        picked = {layer.node: curves[layer.node][c - 1] for layer, c in zip(layers, chosen, strict=True) if c > 0}
-        plan = Plan(picked)
-        costs = tuple(sum(o[c].costs[k] for o, c in zip(choices, chosen, strict=True)) for k in range(len(limits)))
-        alive = alive_after(subject, plan)
-        saved = (limit.price.saved(plan, alive) for limit in limits)
-        return Solved(plan, costs, tuple(cost - less for cost, less in zip(costs, saved, strict=True)))
+        picked = {layer.node: self._options[layer.node][c] for layer, c in zip(self._layers, chosen, strict=True)}
+        plan = Plan({node: candidate for node, candidate in picked.items() if candidate is not None})
+        alive = alive_after(self._subject, plan)
+        spent = []
+        for k, limit in enumerate(self._limits):
+            alone = sum(options[c].costs[k] for options, c in zip(self._choices, chosen, strict=True))
+            spent.append(alone - saved(limit.price, self._subject, plan, alive))
+        return Solved(plan, sum(o[c].loss for o, c in zip(self._choices, chosen, strict=True)), tuple(spent))
 
-    best = solve(room)
-    if best is None:
-        raise _unreachable(layers, choices, limits, room)
-    return _spend_slack(best, room, solve).plan
+    def _around(self, solved: Solved) -> Solved | None:
+        """Return the best plan with costs that hold while one layer of the given plan changes; None if none is within.
+
+        Where several layers change at once what they save each other is another, so the real cost is looked at, and
+        what is too much is taken from the limits.
+        """
+        alive, reads = alive_after(self._subject, solved.plan), reads_of(solved.plan)
+        choices = []
+        for layer, own in zip(self._layers, self._choices, strict=True):
+            pairs = zip(self._options[layer.node], own, strict=True)
+            choices.append(
+                [
+                    Choice(self._beside(layer, c, choice.costs, (solved.plan, alive, reads)), choice.loss)
+                    for c, choice in pairs
+                ]
+            )
+        now = [solved.plan.chosen.get(layer.node) for layer in self._layers]
+        places = [
+            next(i for i, c in enumerate(self._options[la.node]) if c is chosen)
+            for la, chosen in zip(self._layers, now, strict=True)
+        ]
+        given = []
+        for k, most in enumerate(self._room):
+            counted = sum(options[place].costs[k] for options, place in zip(choices, places, strict=True))
+            given.append(most - solved.spent[k] + counted)
+        for _ in range(SHRINKS):
+            trial = self._solve(given, choices)
+            if trial is None:
+                return None
+            over = [max(spent - most, 0) for spent, most in zip(trial.spent, self._room, strict=True)]
+            if not any(over):
+                return trial
+            given = [most - more for most, more in zip(given, over, strict=True)]
+        return None
+
+    def _beside(
+        self, layer: Layer, candidate: Candidate | None, costs: Sequence[int], context: tuple[Plan, Alive, Reads]
+    ) -> tuple[int, ...]:
+        """Return the costs of a candidate in a plan: less its own dead filters, less those that it leaves unread."""
+        plan, alive, reads = context
+        found = list(costs)
+        for k, limit in enumerate(self._limits):
+            if layer.node in alive:
+                found[k] -= limit.price.less(layer, candidate, len(alive[layer.node]))
+        if candidate is None or candidate.form != CHANNELS:
+            return tuple(found)
+        reads = {**reads, layer.node: candidate.support}
+        for producer in self._producers.get(layer.node, ()):
+            readers = self._subject.reach[producer.node][0]
+            if all(reader in reads for reader in readers):
+                rows = len(np.unique(np.concatenate([reads[reader] for reader in readers])))
+                for k, limit in enumerate(self._limits):
+                    if rows < producer.out:
+                        found[k] -= limit.price.less(producer, plan.chosen.get(producer.node), rows)
+        return tuple(found)
 
 
 def _unreachable(
@@ -207,22 +317,6 @@ def _unreachable(
         f"{reachable}{each}.",
         f"Allow at least {advice}, or a smaller --multiple." if not alone else "Allow more of one of them.",
     )
-
-
-def _spend_slack(best: Solved, room: Sequence[int], solve: Callable[[Sequence[int]], Solved | None]) -> Solved:
-    """Raise the knapsack's limits while the real costs (less dead filters) keep to ``room``; halve what overshoots."""
-    given, step = list(room), [most - spent for most, spent in zip(room, best.spent, strict=True)]
-    for _ in range(SLACK_ROUNDS):
-        if all(more <= most * SLACK_SHARE for more, most in zip(step, room, strict=True)):
-            break
-        raised = [most + max(more, 0) for most, more in zip(given, step, strict=True)]
-        trial = solve(raised)
-        if trial is None or any(spent > most for spent, most in zip(trial.spent, room, strict=True)):
-            step = [more // 2 for more in step]
-            continue
-        best, given = trial, raised
-        step = [min(more, most - spent) for more, most, spent in zip(step, room, best.spent, strict=True)]
-    return best
 
 
 def _choices(layer: Layer, candidates: Sequence[Candidate], limits: Sequence[Limit]) -> list[Choice]:

@@ -24,6 +24,7 @@ from onnx_lrs.work import replacing
 FORMAT = 1
 DENSE = "dense"
 REMEDY = "Mend the entry, or let a run write a new plan into a new file."
+FIELDS = frozenset(("name", "node", "form", "latency_ms", "rank", "damping", "inner_rank", "elements", "kept_channels"))
 
 
 def write_plan(
@@ -89,22 +90,18 @@ def read_plan(place: pathlib.Path, subject: Subject, forms: Sequence[str], memor
     ConfigError
         If the file is no plan, names a layer that the model does not have, or asks for what a layer cannot become.
     """
-    try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-        entries = content["layers"]
-        if content["format"] != FORMAT or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"format {content['format']} instead of {FORMAT}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--plan {place} is no plan: {error!r}.", REMEDY) from None
     layers = {layer.node: layer for layer in subject.layers}
     chosen: dict[str, Candidate] = {}
-    for entry in entries:
+    seen: set[str] = set()
+    for entry in _entries(place):
         layer = layers.get(str(entry.get("node", "")))
         if layer is None:
             raise ConfigError(
                 f"--plan {place} names {entry.get('name', entry)!r}, which is no compressible layer of this model.",
                 "A plan belongs to the model it was made for; onnx-lrs inspect MODEL lists the layers.",
             )
+        _check(place, layer, entry, layer.node in seen)
+        seen.add(layer.node)
         if entry.get("form", DENSE) != DENSE:
             chosen[layer.node] = _candidate(place, layer, entry, forms)
             if chosen[layer.node].form in CHAINS and is_wide(layer, memory_bytes):
@@ -114,6 +111,34 @@ def read_plan(place: pathlib.Path, subject: Subject, forms: Sequence[str], memor
                     "Allow more --memory, as the run that wrote the plan had, or choose low-rank.",
                 )
     return Plan(chosen)
+
+
+def _entries(place: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the layers of a plan's file as they stand there."""
+    why = f'it needs "format": {FORMAT} and a list of objects as "layers"'
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        content = None
+    entries = content.get("layers") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"--plan {place} is no plan: {why}.", REMEDY)
+    return entries
+
+
+def _check(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], twice: bool) -> None:
+    """Refuse what would be carried out otherwise than its writer thinks: slips of the pen, copied lines."""
+    unknown = sorted(entry.keys() - FIELDS)
+    if unknown:
+        what = f"{', '.join(map(repr, unknown))} is no field of a plan; there are {', '.join(sorted(FIELDS))}"
+    elif entry.get("name", layer.name) != layer.name:
+        what = f"its name is {entry['name']!r}, but its node {layer.node!r} is this layer"
+    elif twice:
+        what = "it is there twice"
+    else:
+        return
+    raise ConfigError(f"--plan {place}, layer {layer.name!r}: {what}.", REMEDY)
 
 
 def _candidate(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], forms: Sequence[str]) -> Candidate:

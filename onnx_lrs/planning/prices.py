@@ -22,6 +22,7 @@ from onnx_lrs.solvers.spatial import FORM
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+CHANNELS = "channels"  # the form that leaves filters in front of it unread
 NODE_BYTES = 400  # of a node and the names around it, more than any that was seen
 FLOAT_BYTES = 4
 Alive = Mapping[str, "NDArray[np.int64]"]
@@ -49,14 +50,24 @@ class Price(Protocol):
     def of(self, layer: Layer, candidate: Candidate) -> int:
         """Return what the layer costs with a candidate in its place."""
 
-    def saved(self, plan: Plan, alive: Alive) -> int:
-        """Return what a plan costs less than the sum of its layers, as filters that nobody reads go."""
+    def less(self, layer: Layer, candidate: Candidate | None, rows: int) -> int:
+        """Return what a layer (None: dense) costs less once only so many of its filters are read."""
+
+
+def reads_of(plan: Plan) -> dict[str, NDArray[np.int64]]:
+    """Return the channels that layers of a plan read, by node, for each that does not read all."""
+    return {node: np.sort(c.support) for node, c in plan.chosen.items() if c.form == CHANNELS}
 
 
 def alive_after(subject: Subject, plan: Plan) -> Alive:
     """Return the filters still read, for each layer that loses some."""
-    reads = {node: np.sort(c.support) for node, c in plan.chosen.items() if c.form == "channels"}
-    return alive_outputs(subject.view, subject.layers, reads)[0]
+    return alive_outputs(subject.view, subject.layers, reads_of(plan), subject.reach)[0]
+
+
+def saved(price: Price, subject: Subject, plan: Plan, alive: Alive) -> int:
+    """Return what a plan costs less than the sum of its layers, as filters that nobody reads go."""
+    layers = (layer for layer in subject.layers if layer.node in alive)
+    return sum(price.less(layer, plan.chosen.get(layer.node), len(alive[layer.node])) for layer in layers)
 
 
 class Params:
@@ -75,14 +86,12 @@ class Params:
         """Return the weights of the candidate and what its bias takes more."""
         return candidate.params + new_bias(self._subject, layer)
 
-    def saved(self, plan: Plan, alive: Alive) -> int:
+    def less(self, layer: Layer, candidate: Candidate | None, rows: int) -> int:
         """Return the rows of weights that go, and their biases."""
-        total = 0
-        for layer, rows in _narrower(self._subject, alive):
-            has_bias = layer.bias is not None or (layer.affine and layer.node in plan.chosen)
-            total += rows * (row_params(layer, plan.chosen.get(layer.node)) + has_bias)
-            if layer.node not in plan.chosen and shares_bias(self._subject, layer):
-                total -= layer.out  # the shorter bias is a new one beside the old
+        has_bias = layer.bias is not None or (layer.affine and candidate is not None)
+        total = (layer.out - rows) * (row_params(layer, candidate) + has_bias)
+        if candidate is None and shares_bias(self._subject, layer):
+            total -= layer.out  # the shorter bias is a new one beside the old
         return total
 
 
@@ -102,13 +111,9 @@ class Macs:
         first = candidate.inner or candidate.rank
         return macs_of(self._subject, layer, candidate.form, first, candidate.params)
 
-    def saved(self, plan: Plan, alive: Alive) -> int:
+    def less(self, layer: Layer, candidate: Candidate | None, rows: int) -> int:
         """Return what the rows that go would have cost."""
-        macs = self._subject.macs
-        return sum(
-            rows * row_params(layer, plan.chosen.get(layer.node)) * (macs[layer.node] // layer.params)
-            for layer, rows in _narrower(self._subject, alive)
-        )
+        return (layer.out - rows) * row_params(layer, candidate) * (self._subject.macs[layer.node] // layer.params)
 
 
 class Size:
@@ -134,14 +139,9 @@ class Size:
         nodes += 2 * (bool(len(candidate.support)) + bool(candidate.elements))
         return stored + nodes * (NODE_BYTES + 6 * len(layer.name))
 
-    def saved(self, plan: Plan, alive: Alive) -> int:
+    def less(self, layer: Layer, candidate: Candidate | None, rows: int) -> int:
         """Return the bytes of the rows that go."""
-        return FLOAT_BYTES * self._params.saved(plan, alive)
-
-
-def _narrower(subject: Subject, alive: Alive) -> list[tuple[Layer, int]]:
-    """Return the layers that lose filters, and how many."""
-    return [(layer, layer.out - len(alive[layer.node])) for layer in subject.layers if layer.node in alive]
+        return FLOAT_BYTES * self._params.less(layer, candidate, rows)
 
 
 def new_bias(subject: Subject, layer: Layer) -> int:

@@ -32,7 +32,7 @@ from onnx_lrs.runtime.session import Session
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
 
-REFINEMENTS = 4  # of a plan by measuring what it picked
+REFINEMENTS = 6  # of a plan by measuring what it picked
 ROUNDS = 4  # of correcting the limit by what the whole network takes
 CALIBRATIONS = 2  # of what layers take by what the whole network takes
 CLOSE = 0.97  # of the limit: what a plan leaves of it is not worth another round
@@ -319,7 +319,7 @@ class Search:
         assert timing is not None
         predicted = timing.predict_ms(plan) / timing.original_ms
         self.steps.append(SearchStep(latency, predicted, drop.value, drop.measure, *how))
-        progress.step(f"latency {latency:.3f}: {drop.measure} {drop.value:+.2%}")
+        progress.step(f"latency {latency:.3f}: {drop.measure} lost {drop.value:.2%}")
 
     def _said(self, first: Drop, second: Drop) -> str:
         gate = self._gate

@@ -28,7 +28,7 @@ from onnx_lrs.errors import ConfigError
 from onnx_lrs.graph.layers import Layer, tensors_around
 from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.graph.small import Shape, Small, build_small, small_of, streamer
-from onnx_lrs.planning.prices import Alive, Plan, alive_after
+from onnx_lrs.planning.prices import Alive, Plan, alive_after, row_params
 from onnx_lrs.progress import Progress
 from onnx_lrs.runtime.latency import fast_quarter, times_in_turn
 from onnx_lrs.runtime.session import Feed, Session
@@ -200,15 +200,16 @@ class Timing:
             found = dataclasses.replace(found, inner=candidate.inner, weights=candidate.params)
         return found
 
-    def _ns(self, layer: Layer, shape: Shape) -> int:
+    def _ns(self, layer: Layer, shape: Shape, shrinking: float = 1.0) -> int:
+        """Return what a shape takes; ``shrinking`` is the share of its work that goes with its outputs."""
         small = self._smalls[layer.node]
         ratio = 1.0 if shape == DENSE else self.table.layers[small.key].ratios.get(shape.key)
         if ratio is None:
             ratio = self._estimates.get((small.key, shape.key))
-        if ratio is None:  # fewer outputs than any measured: in proportion
+        if ratio is None:  # with so few outputs not measured: in proportion
             whole = dataclasses.replace(shape, outputs=None)
-            share = (shape.outputs or layer.out) / layer.out
-            return round(self._ns(layer, whole) * share)
+            gone = 1.0 - (shape.outputs or layer.out) / layer.out
+            return round(self._ns(layer, whole) * (1.0 - shrinking * gone))
         return round(NS_PER_MS * self.scale * self._dense_ms[small.key] * ratio)
 
     def dense(self, layer: Layer) -> int:
@@ -219,20 +220,20 @@ class Timing:
         """Return what the layer takes with a candidate in its place."""
         return self._ns(layer, self._shape(layer, candidate))
 
-    def saved(self, plan: Plan, alive: Alive) -> int:
-        """Return what a plan takes less than the sum of its layers, as filters that nobody reads go."""
-        total = 0
-        for layer in self._subject.layers:
-            candidate = plan.chosen.get(layer.node)
-            whole = self.dense(layer) if candidate is None else self.of(layer, candidate)
-            total += whole - self._ns(layer, self._in_plan(layer, plan, alive))
-        return total
+    def less(self, layer: Layer, candidate: Candidate | None, rows: int) -> int:
+        """Return what the layer takes less once only so many of its filters are read."""
+        whole = self.dense(layer) if candidate is None else self.of(layer, candidate)
+        return whole - self._ns(layer, self._shape(layer, candidate, rows), _shrinking(layer, candidate))
 
     def _in_plan(self, layer: Layer, plan: Plan, alive: Alive) -> Shape:
         """Return the shape of a layer beside the others of a plan."""
         rows = alive.get(layer.node)
         shape = self._shape(layer, plan.chosen.get(layer.node), None if rows is None else len(rows))
         return shape if shape != Shape(outputs=layer.out) else DENSE
+
+    def _ns_in_plan(self, layer: Layer, plan: Plan, alive: Alive) -> int:
+        shape = self._in_plan(layer, plan, alive)
+        return self._ns(layer, shape, _shrinking(layer, plan.chosen.get(layer.node)))
 
     def refine(self, plan: Plan) -> bool:
         """Measure what a plan picks until two readings agree; return whether anything was measured."""
@@ -282,7 +283,7 @@ class Timing:
 
     def gain_ns(self, layer: Layer, plan: Plan, alive: Alive) -> int:
         """Return what a layer takes in a plan less what it takes dense: negative where it pays."""
-        return self._ns(layer, self._in_plan(layer, plan, alive)) - self.dense(layer)
+        return self._ns_in_plan(layer, plan, alive) - self.dense(layer)
 
     def layers_ms(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Return each layer's latency before and in a plan, by node."""
@@ -290,10 +291,17 @@ class Timing:
         return {
             la.node: (
                 self.dense(la) / NS_PER_MS,
-                self._ns(la, self._in_plan(la, plan, alive)) / NS_PER_MS,
+                self._ns_in_plan(la, plan, alive) / NS_PER_MS,
             )
             for la in self._subject.layers
         }
+
+
+def _shrinking(layer: Layer, candidate: Candidate | None) -> float:
+    """Return the share of a layer's weights that makes its outputs; the first part of a chain is the same for few."""
+    if candidate is None or candidate.form.endswith("elements"):
+        return 1.0
+    return layer.out * row_params(layer, candidate) / candidate.params
 
 
 def _agree(readings: Sequence[float]) -> bool:

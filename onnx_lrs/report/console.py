@@ -218,7 +218,7 @@ def _search(result: Result) -> list[RenderableType]:
     for step in result.search:
         held = "within the limit" if step.held else "too much"
         asked, predicted = f"{step.latency:.3f}", f"{step.predicted:.3f}"
-        table.add_row(asked, predicted, f"{step.drop:+.2%}", _text(step.fit), held)
+        table.add_row(asked, predicted, f"{step.drop:.2%}", _text(step.fit), held)
     return ["", table]
 
 
