@@ -560,6 +560,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"form": "tucker", "rank": 4, "kept_channels": None}, "form is 'tucker'; only 2-D convolutions"),
     ({"form": "low-rank", "rank": 4, "kept_channels": None, "damping": -1}, "damping is -1"),
     ({"form": "low-rank", "rank": 4, "kept_channels": None, "damping": "much"}, "damping is 'much'"),
+    ({"form": None}, "it has no form"),
+    ({"rank": True}, "true and false"),
     ({"rnak": 4}, "'rnak' is no field of a plan; there are damping, elements, form,"),
 ]
 

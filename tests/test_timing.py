@@ -242,6 +242,17 @@ def test_dead_filters_make_the_layer_in_front_cheaper():
     assert timing.predict_ms(Plan({})) == timing.original_ms
 
 
+def test_fewer_outputs_shorten_only_the_part_that_makes_them():
+    subject, timing = prepared(net(2), Table(HERE))
+    layer = subject.layers[0]
+    low = Candidate("low-rank", 8, 8 * (layer.out + layer.d), 0.1, np.zeros(0, np.int64), 0.0)
+    timing.table.layers[timing._smalls[layer.node].key].ratios[timing._shape(layer, low).key] = 0.5
+    left = layer.out / (layer.out + layer.d)  # of its weights
+    whole, half = timing.of(layer, low), layer.out // 2
+    assert timing.less(layer, low, half) == pytest.approx(whole * left / 2, abs=2)
+    assert timing.less(layer, None, half) == pytest.approx(timing.dense(layer) / 2, abs=2)
+
+
 # ------------------------------------------------------------------------------------------------ tables
 
 

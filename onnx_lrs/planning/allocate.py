@@ -91,7 +91,7 @@ def _solve(
     pick_one = scipy.sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     limits = [scipy.optimize.LinearConstraint(pick_one, 1, 1)]
     for cost, budget in zip(costs, budgets, strict=True):
-        scale = max(abs(budget), 1)
+        scale = max(abs(budget), 1e-3 * np.abs(cost).max(initial=0.0), 1)  # it may be next to nothing, or below
         limits.append(scipy.optimize.LinearConstraint(cost[None, :] / scale, -np.inf, budget / scale))
     for plan in refused:
         cut = np.zeros((1, len(owner)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -27,7 +26,7 @@ from onnx_lrs.solvers.problem import AnyFactors
 
 AROUND_ROUNDS = 6  # of solving the knapsack with costs that hold around the best plan so far
 LEAST_GAIN = 1e-3  # of the loss: less is not worth another of these rounds
-SHRINKS = 3  # of the limits in such a round
+SHRINKS = 4  # of the limits in such a round
 Curves = Mapping[str, Sequence[Candidate]]
 Curve = tuple[list[Candidate], tuple[float, AnyFactors] | None]  # of one layer, with its probe's loss and factors
 Reads = Mapping[str, NDArray[np.int64]]
@@ -50,9 +49,13 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """A plan with its loss, and the sum of its layers' costs under each limit once dead filters are gone."""
+    """A plan with its loss, and the sum of its layers' costs under each limit once dead filters are gone.
+
+    ``chosen`` numbers what each layer becomes, 0 for as it is.
+    """
 
     plan: Plan
+    chosen: tuple[int, ...]
     loss: float
     spent: tuple[int, ...]
 
@@ -170,12 +173,11 @@ def make_plan(subject: Subject, curves: Curves, limits: Sequence[Limit], dense: 
         If even the smallest candidates exceed it; names what can be reached.
     """
     desk = Desk(subject, curves, limits, dense)
-    starts = [desk.best()]
-    narrow = {node: [c for c in own if c.form == CHANNELS] for node, own in curves.items()}
-    if desk.is_coupled and any(len(narrow[node]) < len(own) for node, own in curves.items()):
-        with contextlib.suppress(BudgetError):  # channels alone need not reach what all forms do
-            starts.append(Desk(subject, narrow, limits, dense).best())
-    return min((desk.improved(start) for start in starts), key=lambda solved: solved.loss).plan
+    found = [desk.improved(start) for start in desk.starts()]
+    within = [solved for solved in found if desk.is_within(solved)]
+    if not within:
+        raise desk.unreachable(found)
+    return min(within, key=lambda solved: solved.loss).plan
 
 
 class Desk:
@@ -184,60 +186,68 @@ class Desk:
     def __init__(self, subject: Subject, curves: Curves, limits: Sequence[Limit], dense: Collection[str]) -> None:
         self._subject, self._limits = subject, limits
         self._layers = [layer for layer in subject.layers if curves[layer.node] and layer.node not in dense]
-        self._options = {la.node: [None, *curves[la.node]] for la in self._layers}  # None: as it is
+        self._options = [[None, *curves[layer.node]] for layer in self._layers]  # None: as it is
         self._choices = [_choices(layer, curves[layer.node], limits) for layer in self._layers]
         fixed = [x.price.now - sum(o[0].costs[k] for o in self._choices) for k, x in enumerate(limits)]
-        self._room = tuple(x.most - less for x, less in zip(limits, fixed, strict=True))
+        self._room = tuple(x.most - cost for x, cost in zip(limits, fixed, strict=True))
         self._producers: dict[str, list[Layer]] = {}
         for layer in subject.layers:
             for reader in subject.reach.get(layer.node, ((), ()))[0]:
                 self._producers.setdefault(reader, []).append(layer)
 
-    @property
-    def is_coupled(self) -> bool:
-        """Whether a candidate of any layer could make another one cheaper."""
-        return any(
-            layer.node in self._producers
-            and any(c is not None and c.form == CHANNELS for c in self._options[layer.node])
-            for layer in self._layers
-        )
+    def starts(self) -> list[Solved]:
+        """Return plans to begin from: the blind knapsack's, and that of kept channels alone where they save others.
 
-    def best(self) -> Solved:
-        """Return the plan of a knapsack that does not see what layers save each other.
-
-        Raises
-        ------
-        BudgetError
-            If the smallest candidates exceed a limit.
+        Where a knapsack that does not see what layers save each other finds none within the limits: the smallest one.
         """
-        found = self._solve(self._room, self._choices)
-        if found is None:
-            raise _unreachable(self._layers, self._choices, self._limits, self._room)
-        return found
+        every = [list(range(len(options))) for options in self._options]
+        narrow = [[i for i in some if _is_narrowing(o[i])] for some, o in zip(every, self._options, strict=True)]
+        coupled = any(
+            layer.node in self._producers and len(some) > 1 for layer, some in zip(self._layers, narrow, strict=True)
+        )
+        return [self._start(offered) for offered in ([every, narrow] if coupled else [every])]
+
+    def _start(self, offered: Sequence[Sequence[int]]) -> Solved:
+        choices = [[own[i] for i in some] for own, some in zip(self._choices, offered, strict=True)]
+        chosen = allocate(choices, self._room)
+        if chosen is None:
+            weights = [1 / max(limit.price.before, 1) for limit in self._limits]
+            chosen = [int(np.argmin([np.dot(choice.costs, weights) for choice in own])) for own in choices]
+        return self._solved([some[c] for some, c in zip(offered, chosen, strict=True)])
+
+    def is_within(self, solved: Solved) -> bool:
+        """Return whether a plan keeps to the limits by what it really costs."""
+        return all(spent <= most for spent, most in zip(solved.spent, self._room, strict=True))
 
     def improved(self, start: Solved) -> Solved:
-        """Return a plan at least as good, found around the given one."""
+        """Return a better plan found around the given one, or that one."""
         best = start
-        for _ in range(AROUND_ROUNDS if self.is_coupled else 0):
+        for _ in range(AROUND_ROUNDS):
             trial = self._around(best)
-            if trial is None or trial.loss > (1 - LEAST_GAIN) * best.loss:
+            if trial is None or (self.is_within(best) and trial.loss >= (1 - LEAST_GAIN) * best.loss):
                 break
             best = trial
         return best
 
-    def _solve(self, given: Sequence[int], choices: Sequence[Sequence[Choice]]) -> Solved | None:
-        """Return the plan of least loss within these sums of costs, with what it really costs."""
-        chosen = allocate(choices, given)
-        if chosen is None:
-            return None
-        picked = {layer.node: self._options[layer.node][c] for layer, c in zip(self._layers, chosen, strict=True)}
+    def unreachable(self, found: Sequence[Solved]) -> BudgetError:
+        """Return the error that says what can be reached instead of the limits, ``found`` being what was tried."""
+        least = []
+        for k, most in enumerate(self._room):
+            smallest = sum(min(choice.costs[k] for choice in own) for own in self._choices)
+            least.append(self._limits[k].most - most + min(smallest, *(solved.spent[k] for solved in found)))
+        return _unreachable(len(self._layers), self._limits, least)
+
+    def _solved(self, chosen: Sequence[int]) -> Solved:
+        """Return a plan with what it loses and really costs."""
+        picked = {la.node: o[c] for la, o, c in zip(self._layers, self._options, chosen, strict=True)}
         plan = Plan({node: candidate for node, candidate in picked.items() if candidate is not None})
         alive = alive_after(self._subject, plan)
+        taken = [own[c] for own, c in zip(self._choices, chosen, strict=True)]
         spent = []
         for k, limit in enumerate(self._limits):
-            alone = sum(options[c].costs[k] for options, c in zip(self._choices, chosen, strict=True))
+            alone = sum(choice.costs[k] for choice in taken)
             spent.append(alone - saved(limit.price, self._subject, plan, alive))
-        return Solved(plan, sum(o[c].loss for o, c in zip(self._choices, chosen, strict=True)), tuple(spent))
+        return Solved(plan, tuple(chosen), sum(choice.loss for choice in taken), tuple(spent))
 
     def _around(self, solved: Solved) -> Solved | None:
         """Return the best plan with costs that hold while one layer of the given plan changes; None if none is within.
@@ -245,33 +255,26 @@ class Desk:
         Where several layers change at once what they save each other is another, so the real cost is looked at, and
         what is too much is taken from the limits.
         """
-        alive, reads = alive_after(self._subject, solved.plan), reads_of(solved.plan)
-        choices = []
-        for layer, own in zip(self._layers, self._choices, strict=True):
-            pairs = zip(self._options[layer.node], own, strict=True)
-            choices.append(
-                [
-                    Choice(self._beside(layer, c, choice.costs, (solved.plan, alive, reads)), choice.loss)
-                    for c, choice in pairs
-                ]
-            )
-        now = [solved.plan.chosen.get(layer.node) for layer in self._layers]
-        places = [
-            next(i for i, c in enumerate(self._options[la.node]) if c is chosen)
-            for la, chosen in zip(self._layers, now, strict=True)
+        context = solved.plan, alive_after(self._subject, solved.plan), reads_of(solved.plan)
+        choices = [
+            [
+                Choice(self._beside(layer, candidate, choice.costs, context), choice.loss)
+                for candidate, choice in zip(options, own, strict=True)
+            ]
+            for layer, options, own in zip(self._layers, self._options, self._choices, strict=True)
         ]
-        given = []
-        for k, most in enumerate(self._room):
-            counted = sum(options[place].costs[k] for options, place in zip(choices, places, strict=True))
-            given.append(most - solved.spent[k] + counted)
+        counted = _counted(choices, solved.chosen)
+        given = [most - real + own for most, real, own in zip(self._room, solved.spent, counted, strict=True)]
         for _ in range(SHRINKS):
-            trial = self._solve(given, choices)
-            if trial is None:
+            chosen = allocate(choices, given)
+            if chosen is None:
                 return None
-            over = [max(spent - most, 0) for spent, most in zip(trial.spent, self._room, strict=True)]
-            if not any(over):
+            trial = self._solved(chosen)
+            if self.is_within(trial):
                 return trial
-            given = [most - more for most, more in zip(given, over, strict=True)]
+            over = [spent - most for spent, most in zip(trial.spent, self._room, strict=True)]
+            counted = _counted(choices, chosen)
+            given = [min(g, c - o) if o > 0 else g for g, c, o in zip(given, counted, over, strict=True)]
         return None
 
     def _beside(
@@ -280,40 +283,45 @@ class Desk:
         """Return the costs of a candidate in a plan: less its own dead filters, less those that it leaves unread."""
         plan, alive, reads = context
         found = list(costs)
-        for k, limit in enumerate(self._limits):
-            if layer.node in alive:
+        if layer.node in alive:
+            for k, limit in enumerate(self._limits):
                 found[k] -= limit.price.less(layer, candidate, len(alive[layer.node]))
         if candidate is None or candidate.form != CHANNELS:
             return tuple(found)
         reads = {**reads, layer.node: candidate.support}
         for producer in self._producers.get(layer.node, ()):
             readers = self._subject.reach[producer.node][0]
-            if all(reader in reads for reader in readers):
-                rows = len(np.unique(np.concatenate([reads[reader] for reader in readers])))
+            if any(reader not in reads for reader in readers):
+                continue
+            rows = len(np.unique(np.concatenate([reads[reader] for reader in readers])))
+            if rows < producer.out:
                 for k, limit in enumerate(self._limits):
-                    if rows < producer.out:
-                        found[k] -= limit.price.less(producer, plan.chosen.get(producer.node), rows)
+                    found[k] -= limit.price.less(producer, plan.chosen.get(producer.node), rows)
         return tuple(found)
 
 
-def _unreachable(
-    layers: Sequence[Layer], choices: Sequence[Sequence[Choice]], limits: Sequence[Limit], room: Sequence[int]
-) -> BudgetError:
-    """Return the error that says what can be reached instead."""
-    least = []
-    asked_for = [(k, limit) for k, limit in enumerate(limits) if limit.name != "latency" or limit.fraction < 1.0]
-    for k, limit in asked_for or list(enumerate(limits)):
-        fixed = limit.most - room[k]
-        smallest = fixed + sum(min(c.costs[k] for c in options) for options in choices)
-        least.append(math.ceil(1000 * smallest / limit.price.before) / 1000)
-    limits = [limit for _, limit in asked_for] or list(limits)
-    asked = " ".join(f"--{limit.name} {limit.fraction:g}" for limit in limits)
-    alone = all(value <= limit.fraction for value, limit in zip(least, limits, strict=True))
-    reachable = " and ".join(f"{value:.3f} of the {limit.name}" for value, limit in zip(least, limits, strict=True))
-    each = "" if len(limits) == 1 else ", each alone" if not alone else ", each alone but not together"
-    advice = " ".join(f"--{limit.name} {value}" for value, limit in zip(least, limits, strict=True))
+def _is_narrowing(candidate: Candidate | None) -> bool:
+    return candidate is None or candidate.form == CHANNELS
+
+
+def _counted(choices: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> list[int]:
+    """Return the sums of the chosen costs under each limit."""
+    return [sum(costs) for costs in zip(*(own[c].costs for own, c in zip(choices, chosen, strict=True)), strict=True)]
+
+
+def _unreachable(count: int, limits: Sequence[Limit], costs: Sequence[int]) -> BudgetError:
+    """Return the error that says what can be reached instead, ``costs`` under each limit."""
+    pairs = [
+        (limit, math.ceil(1000 * cost / limit.price.before) / 1000) for limit, cost in zip(limits, costs, strict=True)
+    ]
+    asked_for = [pair for pair in pairs if pair[0].name != "latency" or pair[0].fraction < 1.0] or pairs
+    asked = " ".join(f"--{limit.name} {limit.fraction:g}" for limit, _ in asked_for)
+    alone = all(value <= limit.fraction for limit, value in asked_for)
+    reachable = " and ".join(f"{value:.3f} of the {limit.name}" for limit, value in asked_for)
+    each = "" if len(asked_for) == 1 else ", each alone" if not alone else ", each alone but not together"
+    advice = " ".join(f"--{limit.name} {value}" for limit, value in asked_for)
     return BudgetError(
-        f"{asked} cannot be reached: the smallest candidates of the {len(layers)} layers that can be compressed leave "
+        f"{asked} cannot be reached: the smallest candidates of the {count} layers that can be compressed leave "
         f"{reachable}{each}.",
         f"Allow at least {advice}, or a smaller --multiple." if not alone else "Allow more of one of them.",
     )

@@ -102,7 +102,7 @@ def read_plan(place: pathlib.Path, subject: Subject, forms: Sequence[str], memor
             )
         _check(place, layer, entry, layer.node in seen)
         seen.add(layer.node)
-        if entry.get("form", DENSE) != DENSE:
+        if entry["form"] != DENSE:
             chosen[layer.node] = _candidate(place, layer, entry, forms)
             if chosen[layer.node].form in CHAINS and is_wide(layer, memory_bytes):
                 raise ConfigError(
@@ -136,6 +136,10 @@ def _check(place: pathlib.Path, layer: Layer, entry: Mapping[str, Any], twice: b
         what = f"its name is {entry['name']!r}, but its node {layer.node!r} is this layer"
     elif twice:
         what = "it is there twice"
+    elif "form" not in entry:
+        what = "it has no form; 'dense' leaves it as it is"
+    elif any(isinstance(value, bool) for value in entry.values()):
+        what = "true and false stand for no field of a plan"
     else:
         return
     raise ConfigError(f"--plan {place}, layer {layer.name!r}: {what}.", REMEDY)

@@ -23,7 +23,7 @@ from onnx_lrs.graph.small import Shape, random_elements, random_factors
 from onnx_lrs.planning.fitting import Fitter
 from onnx_lrs.planning.gate import Drop, Gate
 from onnx_lrs.planning.plan import Limit, limits_of, make_plan
-from onnx_lrs.planning.prices import Plan, alive_after
+from onnx_lrs.planning.prices import CHANNELS, Plan
 from onnx_lrs.planning.timing import Stopwatch, Timing
 from onnx_lrs.progress import Progress, Silent
 from onnx_lrs.report.result import SearchStep
@@ -85,21 +85,25 @@ class EndToEnd:
 
     def without_idle(self, plan: Plan, timing: Timing) -> Plan:
         """Return a plan without the layers that do not make the network faster, the most doubtful asked first."""
-        alive = alive_after(self._subject, plan)
-        gains = {node: timing.gain_ns(self._layers[node], plan, alive) for node in plan.chosen}
+        gains = {node: timing.predict_ns(plan) - timing.predict_ns(without(plan, node)) for node in plan.chosen}
         clear, paying, current = -CLEAR * timing.before, 0, plan
         for node in sorted(plan.chosen, key=lambda n: -gains[n]):
             if gains[node] < clear or paying == ENOUGH:
                 break
             if node in self._proven:
                 continue
-            trial = Plan({n: c for n, c in current.chosen.items() if n != node})
+            trial = without(current, node)
             if gains[node] >= 0 or self._is_idle(current, trial):
                 current, paying = trial, 0
             else:
                 self._proven.add(node)
                 paying += 1
         return current
+
+
+def without(plan: Plan, node: str) -> Plan:
+    """Return a plan with one layer left as it is."""
+    return Plan({other: candidate for other, candidate in plan.chosen.items() if other != node})
 
 
 def stand_in(layer: Layer, candidate: Candidate) -> AnyFactors:
@@ -142,14 +146,21 @@ class Planner:
         return bool(self.budget.limits.keys() - {"latency"})
 
     def floor(self) -> float:
-        """Return the least fraction of the latency that any plan is predicted to reach."""
+        """Return about the least fraction of the latency that a plan is predicted to reach.
+
+        That of the fastest candidates, each alone, or of the fewest channels, which make layers in front faster.
+        """
         assert self.timing is not None
-        least = 0
+        least, fewest = 0, {}
         for layer in self.subject.layers:
-            found = [self.timing.of(layer, c) for c in self.curves[layer.node]]
+            found = {self.timing.of(layer, c): c for c in self.curves[layer.node]}
             dense = self.timing.dense(layer)
             least += min([dense, *found]) - dense
-        return max((self.timing.now + least) / self.timing.before, 0.0)
+            narrow = [ns for ns, c in found.items() if c.form == CHANNELS]
+            if narrow:
+                fewest[layer.node] = found[min(narrow)]
+        reached = min(self.timing.now + least, self.timing.predict_ns(Plan(fewest)))
+        return max(reached / self.timing.before, 0.0)
 
 
 def calibrated(planner: Planner, end_to_end: EndToEnd) -> None:

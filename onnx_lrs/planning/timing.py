@@ -278,12 +278,12 @@ class Timing:
 
     def predict_ms(self, plan: Plan) -> float:
         """Return what the whole model is predicted to take."""
-        alive = alive_after(self._subject, plan)
-        return self.original_ms + sum(self.gain_ns(la, plan, alive) for la in self._subject.layers) / NS_PER_MS
+        return self.original_ms + (self.predict_ns(plan) - self.now) / NS_PER_MS
 
-    def gain_ns(self, layer: Layer, plan: Plan, alive: Alive) -> int:
-        """Return what a layer takes in a plan less what it takes dense: negative where it pays."""
-        return self._ns_in_plan(layer, plan, alive) - self.dense(layer)
+    def predict_ns(self, plan: Plan) -> int:
+        """Return the same in whole nanoseconds."""
+        alive = alive_after(self._subject, plan)
+        return self.now + sum(self._ns_in_plan(la, plan, alive) - self.dense(la) for la in self._subject.layers)
 
     def layers_ms(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Return each layer's latency before and in a plan, by node."""
@@ -312,7 +312,7 @@ def _agree(readings: Sequence[float]) -> bool:
 def _frees_producer(subject: Subject, layer: Layer) -> bool:
     """Return whether the channels that this layer does not keep go from their producer, so that none is gathered."""
     few = np.arange(max(layer.channels // 2, 1), dtype=np.int64)
-    return bool(alive_outputs(subject.view, subject.layers, {layer.node: few})[0])
+    return bool(alive_outputs(subject.view, subject.layers, {layer.node: few}, subject.reach)[0])
 
 
 def _grid(shapes: Sequence[Shape]) -> list[Shape]:
