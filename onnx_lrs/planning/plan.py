@@ -202,10 +202,15 @@ class Desk:
         """
         every = [list(range(len(options))) for options in self._options]
         narrow = [[i for i in some if _is_narrowing(o[i])] for some, o in zip(every, self._options, strict=True)]
-        coupled = any(
-            layer.node in self._producers and len(some) > 1 for layer, some in zip(self._layers, narrow, strict=True)
+        return [self._start(offered) for offered in ([every, narrow] if self._is_coupled else [every])]
+
+    @property
+    def _is_coupled(self) -> bool:
+        """Whether what one layer becomes can make another one cheaper."""
+        return any(
+            layer.node in self._producers and any(c is not None and c.form == CHANNELS for c in options)
+            for layer, options in zip(self._layers, self._options, strict=True)
         )
-        return [self._start(offered) for offered in ([every, narrow] if coupled else [every])]
 
     def _start(self, offered: Sequence[Sequence[int]]) -> Solved:
         choices = [[own[i] for i in some] for own, some in zip(self._choices, offered, strict=True)]
@@ -222,7 +227,7 @@ class Desk:
     def improved(self, start: Solved) -> Solved:
         """Return a better plan found around the given one, or that one."""
         best = start
-        for _ in range(AROUND_ROUNDS):
+        for _ in range(AROUND_ROUNDS if self._is_coupled else 0):
             trial = self._around(best)
             if trial is None or (self.is_within(best) and trial.loss >= (1 - LEAST_GAIN) * best.loss):
                 break
