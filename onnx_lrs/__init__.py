@@ -12,35 +12,44 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnx_lrs.api import compress, inspect
-    from onnx_lrs.config import Budget, Config, Preprocess
+    from onnx_lrs.api import compare, compress, inspect
+    from onnx_lrs.config import Budget, CompareConfig, Config, CudaOptions, Preprocess
     from onnx_lrs.data import Dataset
     from onnx_lrs.errors import OnnxLrsError
+    from onnx_lrs.report.comparison import Comparison
     from onnx_lrs.report.result import Inspection, Result
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "CompareConfig",
+    "Comparison",
     "Config",
+    "CudaOptions",
     "Dataset",
     "Inspection",
     "OnnxLrsError",
     "Preprocess",
     "Result",
     "__version__",
+    "compare",
     "compress",
     "inspect",
 ]
 
 _HOMES = {
     "Budget": "config",
+    "CompareConfig": "config",
+    "Comparison": "report.comparison",
     "Config": "config",
+    "CudaOptions": "config",
     "Dataset": "data",
     "Inspection": "report.result",
     "OnnxLrsError": "errors",
     "Preprocess": "config",
     "Result": "report.result",
+    "compare": "api",
     "compress": "api",
     "inspect": "api",
 }

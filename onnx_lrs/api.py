@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
 from onnx_lrs.calibration.subject import Inputs, Subject, examine
-from onnx_lrs.config import Budget, Config
+from onnx_lrs.comparison import Request
+from onnx_lrs.comparison import compare as run_comparison
+from onnx_lrs.config import Budget, CompareConfig, Config
+from onnx_lrs.data import TensorSpec, open_samples
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.model import ModelSource
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.pipeline import compress as run
 from onnx_lrs.planning.gate import Metric
 from onnx_lrs.planning.job import Job
+from onnx_lrs.planning.spectra import effective_ranks
 from onnx_lrs.progress import Progress, Silent
+from onnx_lrs.report.comparison import Comparison
 from onnx_lrs.report.result import Inspection, LayerInfo, Result, Totals
 
 
@@ -81,41 +88,113 @@ def compress(
     return run(Job(model, target, Inputs(data, labels, test), settings, progress or Silent(), executor, metric))
 
 
-def inspect(model: ModelSource, *, config: Config | None = None) -> Inspection:
+def compare(
+    models: Sequence[ModelSource],
+    *,
+    data: Any = None,
+    labels: Any = None,
+    config: CompareConfig | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Time models against each other, and hold their outputs against the first one's where there is data.
+
+    Every model runs once a round, in turn; sessions are opened afresh again and again, because how weights happen to
+    lie in memory moves latencies by percents. Loading and memory are measured in a process of its own for each.
+
+    Parameters
+    ----------
+    models : sequence of path or onnx.ModelProto
+        Two or more that take the same inputs; the first is what the others are held against. A model in memory is
+        written to a temporary folder.
+    data : optional
+        Inputs, in the forms that :func:`compress` takes; the first ones are timed, all are compared. Default: random
+        inputs, and no word on quality.
+    labels : optional
+        Class numbers of the samples: an array, a .npy or .npz file, or "folders".
+    config : CompareConfig, optional
+        Batches, providers, threads, how long, and what GPUs shall do.
+    progress : Progress, optional
+        Is told stages and steps; silent by default.
+
+    Returns
+    -------
+    Comparison
+        Medians, percentiles, ratios with intervals; ``to_json()``, ``to_csv()``, ``to_markdown()``.
+
+    Raises
+    ------
+    OnnxLrsError
+        One of its subclasses in :mod:`onnx_lrs.errors`: a model that cannot be read or run (ModelError), a provider
+        that does not start (RuntimeEnvironmentError), data or a setting that does not fit.
+    """
+    settings = config or CompareConfig()
+    return run_comparison(Request(tuple(models), data, labels, settings, progress or Silent()))
+
+
+def inspect(
+    model: ModelSource, *, data: Any = None, config: Config | None = None, progress: Progress | None = None
+) -> Inspection:
     """Return a model's layers with parameters and multiply-accumulates, and why a layer would be left dense.
 
-    The model is run once on random inputs to learn its shapes.
+    The model is run once to learn its shapes: on the first sample, or on random inputs. With ``data`` (in the forms
+    that :func:`compress` takes) the effective rank of every layer is told as well.
 
     Raises
     ------
     ModelError
         If the model cannot be read or does not run.
     DataError
-        If an input has open dimensions besides the batch that ``config.shapes`` does not give.
+        If the data cannot be used, or without data an input has open dimensions besides the batch that
+        ``config.shapes`` does not give.
     """
     settings = config or Config()
     original = models.load(model)
-    with scratch_for(original, None) as scratch:
-        subject = examine(model, original, settings, None, scratch)
     inputs, outputs = models.signature(original)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(scratch_for(original, None))
+        samples = None
+        if data is not None:
+            samples = stack.enter_context(open_samples(data, inputs, settings.preprocess))
+        subject = examine(model, original, settings, samples, scratch)
+        ranks: dict[str, int] = {}
+        if samples is not None:
+            ranks = effective_ranks(subject, samples, settings, progress or Silent())
+    in_file = isinstance(model, str | os.PathLike)
     return Inspection(
-        input=None if not isinstance(model, str | os.PathLike) else str(model),
+        input=str(model) if in_file else None,
         opset=models.opset(original),
         ir_version=int(original.ir_version),
         producer=f"{original.producer_name} {original.producer_version}".strip(),
         inputs=tuple(str(spec) for spec in inputs),
         outputs=tuple(str(spec) for spec in outputs),
         totals=Totals(subject.params, sum(subject.macs.values()), subject.file_bytes),
-        layers=_layer_infos(subject),
-        notes=(),
+        layers=_layer_infos(subject, ranks),
+        notes=() if samples is None else (f"Effective ranks on {samples.description}.",),
+        dynamic=tuple(_open_dimensions(inputs)),
+        external_bytes=subject.file_bytes - pathlib.Path(model).stat().st_size if in_file else 0,
     )
 
 
-def _layer_infos(subject: Subject) -> tuple[LayerInfo, ...]:
+def _open_dimensions(inputs: Sequence[TensorSpec]) -> Iterator[str]:
+    for spec in inputs:
+        for axis, size in enumerate(spec.shape):
+            if not isinstance(size, int):
+                yield f"{spec.name}: axis {axis}{f' ({size})' if size else ''}"
+
+
+def _layer_infos(subject: Subject, ranks: Mapping[str, int]) -> tuple[LayerInfo, ...]:
     """Return eligible and skipped layers in graph order; those inside subgraphs last."""
     infos = {
         layer.node: LayerInfo(
-            layer.name, layer.op, layer.weight_shape, layer.params, subject.macs[layer.node], True, None
+            name=layer.name,
+            op=layer.op,
+            shape=layer.weight_shape,
+            params=layer.params,
+            macs=subject.macs[layer.node],
+            eligible=True,
+            reason=None,
+            full_rank=min(layer.out, layer.d),
+            effective_rank=ranks.get(layer.node),
         )
         for layer in subject.layers
     }

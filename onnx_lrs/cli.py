@@ -1,6 +1,6 @@
 """The command line: argv -> Config, one call of the library, a table on stderr, JSON on request. No logic.
 
-There are three commands. ``compress`` is the default one and its name may be left out, so the first argument decides:
+``compress`` is the default command and its name may be left out, so the first argument decides: ``compare``,
 ``inspect`` and ``demo`` are commands, everything else is the model (a file called inspect is ``./inspect``).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -17,22 +18,27 @@ from pathlib import Path
 from typing import IO, Any
 
 from onnx_lrs import __version__
-from onnx_lrs.config import GIB, Budget, Config, Preprocess
+from onnx_lrs.config import GIB, LEAST_ROUNDS, Budget, CompareConfig, Config, CudaOptions, Preprocess
 from onnx_lrs.errors import ConfigError, OnnxLrsError, OutputError
 from onnx_lrs.progress import Progress
+from onnx_lrs.report.comparison import Comparison
 from onnx_lrs.report.result import Inspection, Result
 
 INTERRUPTED = 130
 UNCHANGED = 9
+SLOW = 10
 DEMO_BUDGET = Budget(params=0.25)
 STDOUT = "-"
 # ONNX Runtime's official builds report usage to Microsoft unless this is set before they are imported (Privacy.md in
 # the wheel of 1.31). A model may be a secret, so the command line sets it; whoever wants the reports sets it to 0.
 NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
 
-Command = Callable[[argparse.Namespace, Config, Progress], Result | Inspection]
+TABLES = ("json", "csv", "markdown")  # what reports are written as, each a flag
+Report = Result | Inspection | Comparison
+Command = Callable[[argparse.Namespace, Config, Progress], Report]
 
 USAGE = """onnx-lrs MODEL -o OUT [options]
+       onnx-lrs compare MODEL MODEL [MODEL ...] [options]
        onnx-lrs inspect MODEL [options]
        onnx-lrs demo [-o OUT] [options]"""
 
@@ -42,8 +48,9 @@ examples:
   onnx-lrs model.onnx -o small.onnx --data photos/ --preset imagenet --latency 0.5
   onnx-lrs model.onnx -o small.onnx --data calibration.npz --macs 0.6 --json report.json
 
-"onnx-lrs compress MODEL -o OUT" says the same. "onnx-lrs inspect --help" and "onnx-lrs demo --help" show the
-options of the other commands. Tables and progress go to stderr; stdout carries nothing but --json -.
+"onnx-lrs compress MODEL -o OUT" says the same. "onnx-lrs compare --help" (likewise inspect and demo) shows
+the options of the other commands. Tables and progress go to stderr; stdout carries nothing but what "-"
+sends there: --json - (compare: --csv - and --markdown - as well).
 
 exit codes:
   0    done
@@ -56,6 +63,7 @@ exit codes:
   7    the result could not be written
   8    ONNX Runtime is missing, doubled or lacks the provider
   9    nothing makes the model faster within the limits; OUT is the original
+  10   compare --at-most: a model is slower than that, or may be
   130  interrupted; nothing was written (with --work the same command continues)
 """
 
@@ -70,6 +78,19 @@ def parse_size(text: str) -> int:
     if match is None or match[2] not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write a number and a unit: 2GiB or 1500MB")
     return int(float(match[1]) * units[match[2]])
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of ``1,8,32``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers; write 1 or 1,8,32")
+    return tuple(map(int, parts))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Return the names of ``cpu,cuda``."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
@@ -118,6 +139,17 @@ def parse_scale(text: str) -> float:
     return scale
 
 
+def parse_ratio(text: str) -> float:
+    """Return the positive finite number in ``0.8``."""
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio; write a positive number: 0.8")
+    return ratio
+
+
 # ------------------------------------------------------------------------------------------------------- parsers
 # A flag that sets a field of Config or Preprocess has that field's name as its dest and None as its default.
 
@@ -162,10 +194,72 @@ def _compress_parser() -> argparse.ArgumentParser:
 
 def _inspect_parser() -> argparse.ArgumentParser:
     parser = _new_parser("onnx-lrs inspect", "Show what a model holds and which layers can be compressed.")
+    default = Config()
     parser.add_argument("model", metavar="MODEL", help="the .onnx file to look at; it is not changed")
+    parser.add_argument("--data", metavar="PATH", help="samples: tells the effective rank of each layer as well")
+    parser.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
     _add_shape(parser)
+    _add_image_flags(parser)
     _add_output(parser)
     return parser
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    default = CompareConfig()
+    parser = _new_parser(
+        "onnx-lrs compare",
+        "Time models against each other in turn; the first one is what the others are held against.",
+        epilog="With --data the outputs are compared as well. A model against itself shows how noisy the machine is.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="two or more .onnx files with the same inputs")
+    runs = parser.add_argument_group("what runs")
+    runs.add_argument("--batch", dest="batches", type=parse_counts, metavar="N,N", help="samples in a call: 1,8,32 (1)")
+    runs.add_argument("--threads", type=int, metavar="N", help=f"threads of ONNX Runtime ({default.threads})")
+    runs.add_argument("--seconds", type=float, metavar="S", help=f"of timing, for all together ({default.seconds:g})")
+    runs.add_argument("--rounds", type=int, metavar="N", help=f"calls of each model instead, at least {LEAST_ROUNDS}")
+    runs.add_argument("--seed", type=int, metavar="N", help=f"of random inputs and orders ({default.seed})")
+    runs.add_argument("--profile", action="store_true", default=None, help="times of each layer as well (CPU only)")
+    runs.add_argument(
+        "--at-most",
+        type=parse_ratio,
+        metavar="R",
+        help=f"exit with code {SLOW} unless every other model surely takes at most R of the first one's latency",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="PATH", help="a folder of images, or an .npy or .npz file; else random numbers")
+    data.add_argument("--labels", metavar="PATH|folders", help="true classes; 'folders': one subfolder a class")
+    _add_shape(data)
+    _add_image_flags(parser)
+    _add_devices(parser)
+    output = _add_output(parser)
+    output.add_argument("--csv", metavar="FILE|-", help="write a line for each timing")
+    output.add_argument("--markdown", metavar="FILE|-", help="write tables to paste")
+    return parser
+
+
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    devices = parser.add_argument_group("devices")
+    devices.add_argument(
+        "--provider",
+        dest="providers",
+        type=parse_names,
+        metavar="NAME,NAME",
+        help="cpu (default), cuda, tensorrt; one that does not start is an error",
+    )
+    binding = devices.add_mutually_exclusive_group()
+    binding.add_argument(
+        "--io-binding",
+        action="store_true",
+        default=None,
+        help="inputs and outputs lie on the device while calls are timed (default on GPUs)",
+    )
+    binding.add_argument("--no-io-binding", dest="io_binding", action="store_false", default=None)
+    devices.add_argument(
+        "--cuda-graph", action="store_true", default=None, help="launch the kernels of a call together"
+    )
+    devices.add_argument("--no-tf32", dest="tf32", action="store_false", default=None, help="full float32 products")
+    devices.add_argument("--prefer-nhwc", action="store_true", default=None, help="convolutions with channels last")
+    devices.add_argument("--cudnn-conv-algo-search", metavar="NAME", help="exhaustive (default), heuristic or default")
 
 
 def _demo_parser() -> argparse.ArgumentParser:
@@ -300,17 +394,19 @@ def _add_shape(container: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE|-", help="write the report as JSON; '-' is stdout")
     loudness = output.add_mutually_exclusive_group()
     loudness.add_argument("-q", "--quiet", action="store_true", help="errors only")
     loudness.add_argument("-v", "--verbose", action="store_true", help="every layer, and why a layer was left")
     output.add_argument("--version", action="version", version=f"onnx-lrs {__version__}")
+    return output
 
 
 PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
     "compress": _compress_parser,
+    "compare": _compare_parser,
     "inspect": _inspect_parser,
     "demo": _demo_parser,
 }
@@ -354,6 +450,22 @@ def config_from(args: argparse.Namespace) -> Config:
     return Config(**chosen, preprocess=_preprocess(given))
 
 
+def compare_config_from(args: argparse.Namespace, config: Config) -> CompareConfig:
+    """Return the settings of a comparison; what both kinds of run have comes from ``config``.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    names = {field.name for field in dataclasses.fields(CompareConfig)} & given.keys()
+    cuda = {field.name for field in dataclasses.fields(CudaOptions)} & given.keys()
+    both = {name: getattr(config, name) for name in ("threads", "seed", "shapes", "preprocess")}
+    own = {name: given[name] for name in names if name not in both}
+    return CompareConfig(**both, **own, cuda=CudaOptions(**{name: given[name] for name in cuda}))
+
+
 def _shapes(pairs: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in pairs:
@@ -377,17 +489,33 @@ def _check_files(args: argparse.Namespace) -> None:
         raise ConfigError("No output file was named.", f"Add one: onnx-lrs {args.model} -o small.onnx")
     if given.get("test") and not (given["data"] or given["random_data"]):
         raise ConfigError("--test was given without --data.", "The fit needs samples of its own: add --data PATH.")
-    if given.get("labels") and not (given["data"] or given["test"]):
+    if given.get("labels") and not (given["data"] or given.get("test")):
         raise ConfigError("--labels was given without --data.", "Labels belong to samples: add --data PATH.")
     if given.get("output"):
         _refuse_same("-o", given, "output", ("data", "test", "labels"))
-    if args.json in (None, STDOUT):
-        return
-    report = Path(args.json)
-    _refuse_same("--json", given, "json", ("model", "output", "data", "test", "labels"))
+    for name in TABLES:
+        if given.get(name) not in (None, STDOUT):
+            _check_report(name, given)
+    _refuse_shared({name: given[name] for name in TABLES if given.get(name) is not None})
+
+
+def _refuse_shared(places: Mapping[str, str]) -> None:
+    """Refuse two reports in one place."""
+    for (one, place), (other, its) in itertools.combinations(places.items(), 2):
+        if STDOUT in (place, its):
+            if place == its:
+                raise ConfigError("Two reports would go to stdout.", "Give one of them a file.")
+        elif Path(place).resolve() == Path(its).resolve():
+            raise ConfigError(f"--{one} and --{other} name the same file, {place}.", "Give each its own.")
+
+
+def _check_report(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse a report's file that would destroy another one, or cannot be written."""
+    report = Path(given[name])
+    _refuse_same(f"--{name}", given, name, ("model", "models", "output", "data", "test", "labels"))
     if report.is_dir() or not report.parent.is_dir():
         raise OutputError(
-            f"The report cannot be written to {args.json}: {'it' if report.is_dir() else report.parent} is "
+            f"The report cannot be written to {report}: {'it' if report.is_dir() else report.parent} is "
             f"{'a folder' if report.is_dir() else 'not a folder'}.",
             "Name a file in a folder that exists.",
         )
@@ -396,8 +524,11 @@ def _check_files(args: argparse.Namespace) -> None:
 def _refuse_same(flag: str, given: Mapping[str, Any], written: str, read: Sequence[str]) -> None:
     target = Path(given[written])
     for name in read:
-        if given.get(name) and target.resolve() == Path(given[name]).resolve():
-            raise ConfigError(f"{flag} {target} would overwrite the {name} file.", "Give it its own name.")
+        paths = given.get(name) or []
+        for path in paths if isinstance(paths, list) else [paths]:
+            if target.resolve() == Path(path).resolve():
+                kind = "model" if name == "models" else name
+                raise ConfigError(f"{flag} {target} would overwrite the {kind} file.", "Give it its own name.")
 
 
 # ---------------------------------------------------------------------------------------------------------- runs
@@ -413,7 +544,7 @@ def _compress(args: argparse.Namespace, config: Config, progress: Progress) -> R
 def _inspect(args: argparse.Namespace, config: Config, progress: Progress) -> Inspection:
     from onnx_lrs.api import inspect
 
-    return inspect(args.model, config=config)
+    return inspect(args.model, data=args.data, config=config, progress=progress)
 
 
 def _demo(args: argparse.Namespace, config: Config, progress: Progress) -> Result:
@@ -422,7 +553,14 @@ def _demo(args: argparse.Namespace, config: Config, progress: Progress) -> Resul
     return demo.run(Path(args.output) if args.output else None, config, progress)
 
 
-COMMANDS: Mapping[str, Command] = {"compress": _compress, "inspect": _inspect, "demo": _demo}
+def _compare(args: argparse.Namespace, config: Config, progress: Progress) -> Comparison:
+    from onnx_lrs.api import compare
+
+    settings = compare_config_from(args, config)
+    return compare(args.models, data=args.data, labels=args.labels, config=settings, progress=progress)
+
+
+COMMANDS: Mapping[str, Command] = {"compress": _compress, "compare": _compare, "inspect": _inspect, "demo": _demo}
 
 
 def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] = COMMANDS) -> int:
@@ -476,23 +614,42 @@ def _run(args: argparse.Namespace, command: Command) -> int:
         written = report.output if isinstance(report, Result) else None
         _say(f"interrupted; {written} was already written" if written else "interrupted; nothing was written")
         return INTERRUPTED
-    return UNCHANGED if isinstance(report, Result) and report.unchanged else 0
+    if isinstance(report, Result) and report.unchanged:
+        return UNCHANGED
+    if isinstance(report, Comparison) and args.at_most is not None:
+        return _gate(report, args.at_most)
+    return 0
 
 
-def _publish(report: Result | Inspection, args: argparse.Namespace) -> None:
+def _gate(report: Comparison, at_most: float) -> int:
+    """Say which models are not surely within the limit, and return the exit code."""
+    slow = report.slower_than(at_most)
+    for t in slow:
+        _say(
+            f"{t.model}, {t.provider}, batch {t.batch}: between {t.ratio_low:.3f} and {t.ratio_high:.3f} of the first "
+            f"model's latency, not surely at most {at_most:g}"
+        )
+    return SLOW if slow else 0
+
+
+def _publish(report: Report, args: argparse.Namespace) -> None:
     from onnx_lrs.report import console
 
     if not args.quiet and isinstance(report, Result):
         console.print_result(report, args.verbose)
     elif not args.quiet and isinstance(report, Inspection):
         console.print_inspection(report, args.verbose)
-    if args.json == STDOUT:
-        _print_json(report.to_json())
-    elif args.json is not None:
-        write_text(Path(args.json), report.to_json() + "\n")
+    elif not args.quiet and isinstance(report, Comparison):
+        console.print_comparison(report)
+    for name in TABLES:
+        place = getattr(args, name, None)
+        if place == STDOUT:
+            _print_report(getattr(report, f"to_{name}")().rstrip("\n"))
+        elif place is not None:
+            write_text(Path(place), getattr(report, f"to_{name}")().rstrip("\n") + "\n")
 
 
-def _print_json(text: str) -> None:
+def _print_report(text: str) -> None:
     try:
         _write_line(text, sys.stdout)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -21,6 +22,9 @@ FAST_MULTIPLE, SMALL_MULTIPLE = 16, 8  # blocks of ONNX Runtime's convolutions (
 # made of the same curves. A work folder serves all of them.
 UNDECIDING = ("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan")
 LIMITS = ("latency", "params", "macs", "size")
+Search = Literal["exhaustive", "heuristic", "default"]
+SEARCHES: tuple[Search, ...] = ("exhaustive", "heuristic", "default")
+LEAST_ROUNDS = 20
 REMAINS = "the fraction of the original that may remain, in (0, 1]"
 MEANING = {
     **dict.fromkeys(LIMITS, REMAINS),
@@ -312,3 +316,131 @@ class Config:
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide what is kept of layers, as plain JSON values."""
         return {name: value for name, value in self.to_dict().items() if name not in UNDECIDING}
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaOptions:
+    """How the CUDA provider runs a model; of these, ``cuda_graph`` alone holds for TensorRT as well.
+
+    The defaults are ONNX Runtime's.
+
+    Parameters
+    ----------
+    cuda_graph : bool
+        Record the kernels of one call and launch them together. Shapes must not change; every node must be on the GPU.
+    tf32 : bool
+        Let float32 products round their factors to 10 bits of mantissa on tensor cores (compute capability 8 and up).
+    prefer_nhwc : bool
+        Run convolutions with the channels last.
+    cudnn_conv_algo_search : {"exhaustive", "heuristic", "default"}
+        How cuDNN's algorithm is chosen: all tried, guessed, or the first.
+
+    Raises
+    ------
+    ConfigError
+        If the search is none of these.
+    """
+
+    cuda_graph: bool = False
+    tf32: bool = True
+    prefer_nhwc: bool = False
+    cudnn_conv_algo_search: Search = "exhaustive"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.cudnn_conv_algo_search in SEARCHES,
+            f"--cudnn-conv-algo-search is {self.cudnn_conv_algo_search!r}; use {', '.join(SEARCHES)}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """How models are compared by :func:`onnx_lrs.compare`.
+
+    Parameters
+    ----------
+    batches : tuple of int
+        Samples in one call; each is timed by itself. Empty: one, or what ``shapes`` or the model fix.
+    providers : tuple of {"cpu", "cuda", "tensorrt"}
+        Where the models run; each is timed by itself. One that does not start is an error, not a figure of another.
+    threads : int
+        Threads of ONNX Runtime's operators.
+    seconds : float
+        How long calls are timed for each batch and provider, all models together, loading and warming up apart.
+    rounds : int, optional
+        How often each model is timed instead; at least 20.
+    shapes : mapping of str to tuple of int
+        Shapes of inputs with dynamic dimensions, with the batch; needed where there is no data.
+    seed : int
+        Of random inputs, of the orders in which models are opened and run, and of the bootstrap.
+    preprocess : Preprocess, optional
+        For images, as in :class:`Config`.
+    io_binding : bool, optional
+        Whether inputs and outputs lie on the device while calls are timed. None: on GPUs, not on the CPU.
+    cuda : CudaOptions
+        How GPUs run the models.
+    profile : bool
+        Time every node as well, and add them up by the layers of the first model. On the CPU only: ONNX Runtime's
+        profiler tells how long the host took to launch a kernel on CUDA, and TensorRT makes one node of many layers.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    batches: tuple[int, ...] = ()
+    providers: tuple[Provider, ...] = ("cpu",)
+    threads: int = dataclasses.field(default_factory=available_threads)
+    seconds: float = 10.0
+    rounds: int | None = None
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    preprocess: Preprocess | None = None
+    io_binding: bool | None = None
+    cuda: CudaOptions = dataclasses.field(default_factory=CudaOptions)
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.providers), "--provider is empty.", "Give one or more, with commas between.")
+        for name, values in (("batch", self.batches), ("provider", self.providers)):
+            _require(len(set(values)) == len(values), f"--{name} names one twice: {', '.join(map(str, values))}.")
+        _require(all(batch >= 1 for batch in self.batches), f"--batch is {self.batches}; every one must be at least 1.")
+        for provider in self.providers:
+            _require(provider in PROVIDERS, f"--provider is {provider!r}; use {', '.join(PROVIDERS)}.")
+        _require(self.threads >= 1, f"--threads is {self.threads}; it must be at least 1.")
+        _require(0.0 < self.seconds < math.inf, f"--seconds is {self.seconds}; it must be a positive number.")
+        _require(
+            self.rounds is None or self.rounds >= LEAST_ROUNDS,
+            f"--rounds is {self.rounds}; an interval needs at least {LEAST_ROUNDS}.",
+        )
+        _require(self.seed >= 0, f"--seed is {self.seed}; it must not be negative.")
+        _require(
+            not (self.cuda.cuda_graph and self.io_binding is False),
+            "--cuda-graph replays a call on fixed addresses, which --no-io-binding does not give.",
+            "Leave one of them out.",
+        )
+        self._check_devices()
+
+    def _check_devices(self) -> None:
+        """Refuse what would have no effect, or give wrong times, on the providers that are named."""
+        on_gpu = [provider for provider in self.providers if provider != "cpu"]
+        _require(
+            not (self.profile and on_gpu),
+            f"--profile does not time layers on {' and '.join(on_gpu)}: on cuda ONNX Runtime's profiler sees how long "
+            "the host takes to launch a kernel, and to tensorrt many layers are one node.",
+            "Leave --profile out, or use it with --provider cpu.",
+        )
+        changed = [f.name for f in dataclasses.fields(CudaOptions) if getattr(self.cuda, f.name) != f.default]
+        for name in changed:
+            able = ("cuda", "tensorrt") if name == "cuda_graph" else ("cuda",)
+            flag = "--no-tf32" if name == "tf32" else f"--{name.replace('_', '-')}"
+            _require(
+                any(provider in able for provider in self.providers),
+                f"{flag} has no effect with --provider {','.join(self.providers)}.",
+                f"Leave it out, or add --provider {' or '.join(able)}.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        return dataclasses.asdict(self)

@@ -15,6 +15,7 @@ code  class                   meaning
 7     OutputError             the result could not be written
 8     RuntimeEnvironmentError ONNX Runtime is missing, doubled or lacks the provider
 9     -                       nothing pays: the original was written, ``Result.unchanged`` says why
+10    -                       compare --at-most: a model is slower than that, or may be
 130   KeyboardInterrupt       Ctrl-C; nothing was written
 ====  ======================  =====================================================
 """

@@ -26,10 +26,11 @@ from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import Fitted
 from onnx_lrs.planning.course import Outcome, plan_and_fit
 from onnx_lrs.planning.guarantee import Promise
-from onnx_lrs.planning.job import Clock, Job
+from onnx_lrs.planning.job import Job
 from onnx_lrs.planning.plan import limits_of
 from onnx_lrs.planning.plan_file import write_plan
 from onnx_lrs.planning.prices import Plan
+from onnx_lrs.progress import Clock
 from onnx_lrs.report.environment import arithmetic, environment, peak_memory_bytes, versions
 from onnx_lrs.report.layers import layer_results, skipped_layers
 from onnx_lrs.report.notes import (

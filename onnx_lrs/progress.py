@@ -72,3 +72,27 @@ class Timer:
     def rounded(self) -> dict[str, float]:
         """Return the seconds to the millisecond, the longest first."""
         return {kind: round(s, 3) for kind, s in sorted(self.seconds.items(), key=lambda pair: -pair[1])}
+
+
+class Clock:
+    """Wall-clock seconds by stage; tells the progress display as well."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._start = time.perf_counter()
+        self.timer = Timer()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str, count: int | None = None) -> Iterator[None]:
+        """Time one stage of ``count`` steps, which its work tells; None: of one step, told here."""
+        self._progress.stage(name, 1 if count is None else count)
+        begun = time.perf_counter()
+        yield
+        if count is None:
+            self._progress.step(name)
+        self.seconds[name] = round(time.perf_counter() - begun, 3)
+
+    def total(self) -> dict[str, float]:
+        """Return the stages and the total."""
+        return self.seconds | {"total": round(time.perf_counter() - self._start, 3)}

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "onnx_lrs"
 LONGEST_BODY = 60  # lines
 MOST_PARAMETERS = 8
 CALLED_BY_NAME = {"onnx_lrs.api.compress"}  # its parameters are keywords that a pipeline names; two more are allowed
-TOP = {"onnx_lrs.cli", "onnx_lrs.api", "onnx_lrs.pipeline"}
+TOP = {"onnx_lrs.cli", "onnx_lrs.api", "onnx_lrs.pipeline", "onnx_lrs.comparison"}
 ON_THE_GROUND = {
     "onnx_lrs.errors": set(),
     "onnx_lrs.native": set(),
@@ -127,7 +127,7 @@ def test_nothing_below_imports_the_top():
         "onnx_lrs.__main__": {"onnx_lrs.cli"},
         "onnx_lrs.cli": {"onnx_lrs.api"},
         "onnx_lrs.demo": {"onnx_lrs.api"},
-        "onnx_lrs.api": {"onnx_lrs.pipeline"},
+        "onnx_lrs.api": {"onnx_lrs.pipeline", "onnx_lrs.comparison"},
     }
     for module in MODULES.values():
         assert module.inside() & TOP <= allowed.get(module.name, set()), module.name

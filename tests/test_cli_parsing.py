@@ -326,7 +326,7 @@ def test_help_documents_every_exit_code(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     listed = {int(line.split()[0]) for line in text.partition("exit codes:")[2].splitlines() if line.strip()}
-    assert listed == {0, 1, cli.UNCHANGED, 130} | {kind.exit_code for kind in ERRORS}
+    assert listed == {0, 1, cli.UNCHANGED, cli.SLOW, 130} | {kind.exit_code for kind in ERRORS}
     assert text.count("  onnx-lrs model.onnx -o small.onnx") == 3
     assert max(map(len, cli.EPILOG.splitlines())) <= 110
 

@@ -23,6 +23,7 @@ from onnx_lrs.runtime.optimised import look, look_at_both, read
 from onnx_lrs.runtime.session import Session, check_provider
 from tests import small_nets as nets
 from tests.builders import make, node, normal
+from tests.devices import starts
 
 BLOCKED = platform.machine().lower() in ("x86_64", "amd64")  # ONNX Runtime has NCHWc for these processors alone
 x86 = pytest.mark.skipif(not BLOCKED, reason="NCHWc is for x86-64")
@@ -189,14 +190,6 @@ def test_a_result_holds_both_graphs(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- providers
-
-
-def starts(provider: str) -> bool:
-    try:
-        check_provider(provider)
-    except RuntimeEnvironmentError:
-        return False
-    return True
 
 
 def test_the_cpu_is_the_default_and_starts():

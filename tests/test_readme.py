@@ -32,6 +32,7 @@ RUNNABLE = [command for command in COMMANDS if command[0] not in NOT_RUN_HERE an
 def prepared(tmp_path, monkeypatch) -> Path:
     """A folder with the files that README names."""
     onnx.save(nets.conv_net(), tmp_path / "model.onnx")
+    onnx.save(nets.conv_net(seed=1), tmp_path / "small.onnx")
     np.save(tmp_path / "images.npy", nets.as_floats(nets.pictures(20)))
     for name, count in (("calibration", 20), ("test", 8)):
         for number, pixels in enumerate(nets.pictures(count, seed=len(name))):
@@ -52,6 +53,7 @@ def test_set_up_and_main_job_are_two_commands_and_so_are_the_tests():
 def test_the_commands_run(command, prepared, capsys):
     program, *argv = command
     assert program == "onnx-lrs"
+    argv += ["--rounds", "20"] * (argv[0] == "compare")
     timed = "--data" in argv and not {"--params", "--macs", "--size"} & set(argv)
     may_be = {0, cli.UNCHANGED, errors.BudgetError.exit_code} if timed else {0}  # so small a net may not get faster
     code = cli.main(argv)
@@ -69,6 +71,41 @@ def test_the_python_runs(number, prepared):
         return
     small = onnx.load(prepared / "small.onnx")
     assert nets.count_params(small) < nets.count_params(nets.conv_net())
+
+
+@pytest.mark.parametrize("page", ["compare.md", "recipes.md"])
+def test_the_python_of_the_pages_runs(page, prepared):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    quick = source.replace("batches=(1, 8)", "batches=(1, 8), rounds=20")
+    assert quick != source
+    names: dict = {}
+    exec(compile(quick, page, "exec"), names)  # our own page
+
+
+def test_the_recipe_publishes_what_is_worth_it_and_nothing_else(prepared):
+    """A product of rank 8 surely gets faster; what is as small as it gets stays unpublished. Versions count up.
+
+    On a busy machine its interval may be too wide to be sure, and nothing is published: then it is asked again.
+    """
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text("utf-8"), flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(source.replace("batches=(1, 8)", "batches=(1, 8), rounds=20"), "recipes.md", "exec"), names)
+    rng, repository = np.random.default_rng(0), prepared / "models"
+    repository.mkdir()
+    values = rng.standard_normal((768, 8)) @ rng.standard_normal((8, 768)) / 8
+    np.save(prepared / "rows.npy", rng.standard_normal((60, 768), np.float32))
+    np.save(prepared / "pictures.npy", rng.standard_normal((60, 64, 8, 8), np.float32))
+    onnx.save(nets.one_gemm(768, 768, values.astype(np.float32)), prepared / "slow.onnx")
+    onnx.save(nets.depthwise_net(), prepared / "thin.onnx")
+    for version in ("1", "2"):
+        for _ in range(5):
+            if not (repository / version).exists():
+                names["publish"](prepared / "slow.onnx", prepared / "rows.npy", repository)
+        published = onnx.load(repository / version / "model.onnx")
+        assert nets.count_params(published) < nets.count_params(onnx.load(prepared / "slow.onnx")) / 10
+    names["publish"](prepared / "thin.onnx", prepared / "pictures.npy", repository)
+    assert sorted(path.name for path in repository.iterdir()) == ["1", "2"]
 
 
 def test_the_shown_output_is_the_demos(capsys):
@@ -99,7 +136,10 @@ def options(parser: argparse.ArgumentParser) -> list[str]:
 
 def test_the_exit_codes_are_the_real_ones():
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
-    assert listed == {0, 1, cli.UNCHANGED, 130} | {kind.exit_code for kind in errors.OnnxLrsError.__subclasses__()}
+    own = {kind.exit_code for kind in errors.OnnxLrsError.__subclasses__()}
+    assert listed == {0, 1, cli.UNCHANGED, cli.SLOW, 130} | own
+    assert listed == {int(code) for code in re.findall(r"^(\d+) +\S", errors.__doc__, flags=re.MULTILINE)}
+    assert listed == {int(code) for code in re.findall(r"^  (\d+) +\S", cli.EPILOG, flags=re.MULTILINE)}
 
 
 @pytest.mark.parametrize(

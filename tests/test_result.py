@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_lrs.config import Config
+from onnx_lrs.config import CompareConfig, Config, CudaOptions
+from onnx_lrs.report import comparison
 from onnx_lrs.report import result as records
+from onnx_lrs.report.comparison import ComparedModel, Comparison, LayerTime, Timed
 from onnx_lrs.report.result import (
     Certificate,
     Inspection,
@@ -32,6 +34,7 @@ from onnx_lrs.report.result import (
 PAGE = (Path(__file__).parent.parent / "docs" / "result.md").read_text(encoding="utf-8")
 RECORDS = [Result, Certificate, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
 RECORDS += [Optimised, OptimisedGraph, SearchStep]
+COMPARED = [Comparison, ComparedModel, Timed, LayerTime]
 
 
 def full_result() -> Result:
@@ -124,9 +127,9 @@ def documented(title: str) -> list[str]:
     return [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
 
 
-@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+@pytest.mark.parametrize("record", RECORDS + COMPARED, ids=lambda record: record.__name__)
 def test_the_page_documents_every_field_of_a_record_in_order(record):
-    fields = [field.name for field in dataclasses.fields(record) if field.name != "model"]
+    fields = [field.name for field in dataclasses.fields(record) if field.metadata.get("json", True)]
     assert documented(record.__name__) == fields
     assert "`model`" in PAGE
 
@@ -135,13 +138,22 @@ def test_the_page_documents_every_setting():
     assert documented("Settings") == [field.name for field in dataclasses.fields(Config)]
 
 
-def test_no_record_was_forgotten():
+def test_the_page_documents_every_setting_of_a_comparison():
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("| `settings`") and "CompareConfig" in line]
+    named = row.replace("`CompareConfig`", "").split("`")[3::2]
+    fields = [field.name for field in dataclasses.fields(CompareConfig)]
+    assert [name for name in named if name in fields] == fields
+    assert set(named) - set(fields) == {field.name for field in dataclasses.fields(CudaOptions)}
+
+
+@pytest.mark.parametrize(("module", "listed"), [(records, RECORDS), (comparison, COMPARED)])
+def test_no_record_was_forgotten(module, listed):
     public = {
         value
-        for name, value in vars(records).items()
-        if dataclasses.is_dataclass(value) and not name.startswith("_") and value.__module__ == records.__name__
+        for name, value in vars(module).items()
+        if dataclasses.is_dataclass(value) and not name.startswith("_") and value.__module__ == module.__name__
     }
-    assert public == set(RECORDS)
+    assert public == set(listed)
 
 
 def test_the_page_knows_every_form_and_the_schema():

@@ -16,6 +16,7 @@ import pytest
 from onnx import helper
 from PIL import Image
 
+from onnx_lrs.planning.sensitivity import BOUND
 from tests import small_nets as nets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def tool(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         code = 0
         try:
-            importlib.import_module(name).main()
+            code = importlib.import_module(name).main() or 0
         except SystemExit as end:
             code = int(end.code or 0)
         return code, *capsys.readouterr()
@@ -314,8 +315,10 @@ def plans(tmp_path_factory) -> tuple[Path, tuple[object, ...], str]:
 def test_a_measured_sensitivity_ranks_plans_better_than_losses_alone(plans):
     path, _, out = plans
     printed = dict(line.split(": Spearman ") for line in out.splitlines())
-    assert float(printed["losses"]) < float(printed["bound 2"]) < float(printed["no bound"])
-    assert float(printed["no bound"]) > 0.9
+    assert (
+        float(printed["losses"]) < float(printed["one probe, bound 2"]) < float(printed[f"two probes, bound {BOUND:g}"])
+    )
+    assert float(printed["two probes"]) > 0.9
     found = records(path)
     assert [record["plan"] for record in found] == list(range(12))
     assert all(record["judged"] == 80 for record in found)
@@ -399,3 +402,51 @@ def test_forms_of_a_layer_are_fitted_timed_and_held_against_each_other(tmp_path)
     refused = call("compare_forms.py", *given, "--threads", 2, "--clock", "cpu", "--out", out)
     assert refused.returncode == 2
     assert "--threads 1" in refused.stderr
+
+
+# ------------------------------------------------------------------------------------------------ GPUs, without one
+
+
+def test_the_gpu_benchmark_runs_on_the_cpu_and_renders_a_row_for_each_batch(tmp_path, tool):
+    onnx.save(nets.conv_net(), tmp_path / "dense.onnx")
+    onnx.save(nets.conv_net(seed=1), tmp_path / "small.onnx")
+    pair, out = ("--pairs", tmp_path / "dense.onnx", tmp_path / "small.onnx"), tmp_path / "gpu.jsonl"
+    code, table, _ = tool("gpu_bench", *pair, "--provider", "cpu", "--batches", 1, 3, "--rounds", 20, "--out", out)
+    assert code == 0
+    (record,) = records(out)
+    environment = record["environment"]
+    header, _, *rows = ([c.strip() for c in x.strip("|").split("|")] for x in table.splitlines() if x[:1] == "|")
+    found = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [(row["network"], row["batch"]) for row in found] == [("dense", "1"), ("dense", "3")]
+    assert [float(row["dense, ms"]) for row in found] == pytest.approx(
+        [t["median_ms"] for t in record["timings"][::2]], rel=1e-3
+    )
+    for row in found:
+        assert (row["provider"], row["date"]) == ("cpu", environment["date"])
+        assert row["device"].startswith(environment["cpu"])
+        assert row["CUDA graph"] == row["TF32"] == row["on CPU"] == row["copies"] == ""
+    assert tool("gpu_bench", "--render", out)[1] == table
+
+
+def test_the_page_for_gpus_has_the_columns_of_the_benchmark(tmp_path, tool):
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    (header,) = [line for line in page.splitlines() if line.startswith("| network")]
+    (tmp_path / "empty.jsonl").write_text("")
+    code, table, _ = tool("gpu_bench", "--render", tmp_path / "empty.jsonl")
+    assert (code, table.splitlines()[0]) == (0, header)
+
+
+def test_the_gpu_benchmark_ends_with_the_code_of_what_went_wrong(tmp_path, tool):
+    missing = ("--pairs", tmp_path / "a.onnx", tmp_path / "b.onnx")
+    code, _, told = tool("gpu_bench", *missing, "--provider", "cpu", "--out", tmp_path / "gpu.jsonl")
+    assert (code, "does not exist" in told) == (3, True)
+
+
+def test_the_large_network_of_the_gpu_benchmark_is_made_thin(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    bench = importlib.import_module("gpu_bench")
+    dense = bench.vgg(pixels=16, widths=(32, 256, 0, 256, 0), hidden=256)
+    small = bench.thinned(dense)
+    image = {"image": np.ones((2, 3, 16, 16), np.float32)}
+    assert [out.shape for out in nets.run(dense, image)] == [out.shape for out in nets.run(small, image)] == [(2, 1000)]
+    assert 0.15 < nets.count_macs(small, {"N": 1}) / nets.count_macs(dense, {"N": 1}) < 0.35

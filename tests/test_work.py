@@ -469,7 +469,7 @@ def counted(monkeypatch) -> collections.Counter[tuple[str, bytes]]:
 
         monkeypatch.setattr(module, name, counting)
 
-    wrap(plan, "candidates_and_probe")
+    wrap(plan, "candidates_and_probes")
     wrap(fitting, "solution_of")
     wrap(fitting, "solution_within")
     wrap(refits, "finish")

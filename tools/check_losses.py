@@ -55,7 +55,7 @@ from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.planning.candidates import FIT, SELECT, Bench, solution_of
 from onnx_lrs.planning.plan import error_curves
-from onnx_lrs.planning.sensitivity import BOUND, bounded, sensitivities
+from onnx_lrs.planning.sensitivity import BOUND, Point, Points, Probe, kind_of, laws, probed
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Task, Workers
 from onnx_lrs.progress import Silent, Timer
@@ -81,7 +81,7 @@ OTHERS = (
     "latency_table",
     "provider",
 )  # fields of Config that decide nothing here
-LOSS, SENSITIVITY, OWN = range(3)  # of a layer in a record
+NODE, KIND, LOSS, OWN = range(4)  # of a layer in a record
 Values = NDArray[np.float64]
 Choice = dict[str, int]  # the rung of each layer that is compressed
 
@@ -93,6 +93,7 @@ Choice = dict[str, int]  # the rung of each layer that is compressed
 class Rung:
     """One candidate of a layer, fitted alone: its loss, its factors, and how much it alone moves the outputs."""
 
+    kind: str
     loss: float
     factors: AnyFactors
     own: float
@@ -109,7 +110,7 @@ class Bed:
     material: Material
     config: Config
     ladders: Ladders
-    sensitivity: Mapping[str, float]
+    points: Mapping[str, Points]
 
     def quality(self, chosen: Choice) -> tuple[OutputQuality, ...]:
         """Return what the network with the chosen rungs gives on the samples that judge."""
@@ -134,7 +135,7 @@ def loss_of(quality: Sequence[OutputQuality]) -> float:
 
 @contextlib.contextmanager
 def opened(arguments: argparse.Namespace) -> Iterator[Bed]:
-    """Look at the model, and fit and weigh all layers, as a run of onnx-lrs does it before it makes a plan."""
+    """Look at the model, and fit and probe all layers, as a run of onnx-lrs does it before it makes a plan."""
     own = parsed(arguments.options)
     config = cli.config_from(own)
     with contextlib.ExitStack() as stack:
@@ -150,8 +151,7 @@ def opened(arguments: argparse.Namespace) -> Iterator[Bed]:
         curves, probes = error_curves(subject, shop, roles, Silent())
         say("sensitivities")
         batching = subject.batch, subject.dynamic_batch, config.threads
-        weigh = subject, probes, material.samples, material.split.select, batching, Silent(), Work()
-        measured = sensitivities(*weigh)
+        measured = probed(subject, probes, material.samples, material.split.select, batching, Silent(), Work())
         say("ladders")
         ladders = {
             layer.node: ladder(shop, layer, rungs(curves[layer.node], arguments.rungs))
@@ -185,29 +185,28 @@ def rungs(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     return [usable[i] for i in sorted({int(np.abs(losses - level).argmin()) for level in wanted})]
 
 
-def ladder(shop: Shop, layer: Layer, chosen: Sequence[Candidate]) -> list[tuple[float, AnyFactors]]:
-    """Return the loss and the factors of a layer's rungs, fitted quickly and alone like the probes."""
+def ladder(shop: Shop, layer: Layer, chosen: Sequence[Candidate]) -> list[Probe]:
+    """Return the kind of form, loss and factors of a layer's rungs, fitted quickly and alone like the probes."""
     assert shop.shelf is not None
     question = shop.bench.question(layer, shop.shelf.take(layer.node))
     quick = dataclasses.replace(question, settings=dataclasses.replace(question.settings, steps=0))
     tasks = [Task(layer.d, (quick, candidate)) for candidate in chosen]
     solutions = shop.workers.map(solution_of, tasks, shop.at_once([layer], 2))
-    pairs = [(c.loss, s.factors) for c, s in zip(chosen, solutions, strict=True)]
-    return [(loss, shop.bench.of_layer(layer, factors)) for loss, factors in pairs if factors is not None]
+    fitted = [(kind_of(c.form), c.loss, s.factors) for c, s in zip(chosen, solutions, strict=True)]
+    return [(kind, loss, shop.bench.of_layer(layer, factors)) for kind, loss, factors in fitted if factors is not None]
 
 
-def with_own(
-    ladders: Mapping[str, Sequence[tuple[float, AnyFactors]]], subject: Subject, material: Material, config: Config
-) -> Ladders:
+def with_own(ladders: Mapping[str, Sequence[Probe]], subject: Subject, material: Material, config: Config) -> Ladders:
     """Return the ladders with the change that each rung alone makes at the outputs, on the samples that select."""
     assert material.samples is not None
     assert material.split is not None
     found: dict[str, list[Rung]] = {node: [] for node, fitted in ladders.items() if fitted}
     batching = subject.batch, subject.dynamic_batch, config.threads
     for number in range(max(map(len, ladders.values()), default=0)):
-        at = {node: (1.0, fitted[number][1]) for node, fitted in ladders.items() if number < len(fitted)}
-        own = sensitivities(subject, at, material.samples, material.split.select, batching, Silent(), Work())
-        for node, change in own.items():
+        at = {node: [fitted[number]] for node, fitted in ladders.items() if number < len(fitted)}
+        own = probed(subject, at, material.samples, material.split.select, batching, Silent(), Work())
+        for node, kinds in own.items():
+            (((_, change),),) = kinds.values()
             found[node].append(Rung(*ladders[node][number], change))
     return found
 
@@ -254,10 +253,8 @@ def measured(bed: Bed, chosen: Choice) -> Record:
     """Return what was foreseen of a plan, layer by layer, and what came."""
     quality = bed.quality(chosen)
     classes = next((output for output in quality if output.top1_agreement is not None), quality[0])
-    layers = [
-        [bed.ladders[node][rung].loss, bed.sensitivity.get(node), bed.ladders[node][rung].own]
-        for node, rung in chosen.items()
-    ]
+    taken = {node: bed.ladders[node][rung] for node, rung in chosen.items()}
+    layers = [[node, rung.kind, rung.loss, rung.own] for node, rung in taken.items()]
     return {
         "real": loss_of(quality),
         "top1_agreement": classes.top1_agreement,
@@ -265,19 +262,17 @@ def measured(bed: Bed, chosen: Choice) -> Record:
         "accuracy_after": classes.accuracy_after,
         "judged": classes.samples,
         "layers": layers,
-        "sensitivities": list(bed.sensitivity.values()),
+        "points": {
+            node: {
+                kind: [[error, change if np.isfinite(change) else None] for error, change in own]
+                for kind, own in kinds.items()
+            }
+            for node, kinds in bed.points.items()
+        },
     }
 
 
 # ---------------------------------------------------------------------------------------------------- the predictors
-
-
-def weights(record: Record, bound: float) -> Values:
-    """Return the weights of a plan's layers by their bounded sensitivities."""
-    known = {str(number): value for number, value in enumerate(record["sensitivities"])}
-    own = bounded(known, bound)
-    of_value = {value: own[number] for number, value in known.items()}
-    return np.array([of_value.get(layer[SENSITIVITY], 1.0) for layer in record["layers"]])
 
 
 def column(record: Record, which: int) -> Values:
@@ -285,21 +280,34 @@ def column(record: Record, which: int) -> Values:
     return np.array([layer[which] for layer in record["layers"]], float)
 
 
-def weighed(bound: float, power: float = 1.0) -> Callable[[Record], float]:
-    """Return the predictor that sums losses times weights."""
-    return lambda record: float(np.sum(weights(record, bound) ** power * column(record, LOSS)))
+def carried(bound: float, straight: bool = False) -> Callable[[Record], float]:
+    """Return the predictor that carries losses to the outputs by laws; ``straight`` by the larger probe alone."""
+
+    def predict(record: Record) -> float:
+        points = {
+            node: {kind: _points(own[-1:] if straight else own) for kind, own in kinds.items()}
+            for node, kinds in record["points"].items()
+        }
+        found = laws(points, bound)
+        return sum(found[node][kind].loss(loss) if found else loss for node, kind, loss, _ in record["layers"])
+
+    return predict
+
+
+def _points(own: Sequence[Sequence[float | None]]) -> list[Point]:
+    return [(error or 0.0, np.nan if change is None else change) for error, change in own]
 
 
 PREDICTORS: dict[str, Callable[[Record], float]] = {
     "losses": lambda record: float(column(record, LOSS).sum()),
-    **{f"bound {bound:g}": weighed(bound) for bound in sorted({BOUND, 2.0, 4.0, 8.0})},
-    "no bound": weighed(np.inf),
-    "root of the weight": weighed(np.inf, 0.5),
-    "roots added": lambda record: float(np.sqrt(weights(record, np.inf) * column(record, LOSS)).sum()),
+    "one probe": carried(np.inf, straight=True),
+    "one probe, bound 2": carried(2.0, straight=True),
+    **{f"two probes, bound {bound:g}": carried(bound) for bound in sorted({4.0, BOUND})},
+    "two probes": carried(np.inf),
     "own changes": lambda record: float(column(record, OWN).sum()),
     "roots of own changes": lambda record: float(np.sqrt(column(record, OWN)).sum()),
 }
-PRESENT = f"bound {BOUND:g}"
+PRESENT = f"two probes, bound {BOUND:g}"
 
 
 def spearman(records: Sequence[Record], predictor: str) -> float | None:
@@ -333,7 +341,7 @@ def render(records: Sequence[Record], details: bool) -> str:
     low, high = (f"{100 * end:g}" for end in REAL)
     parts.append(
         f"Spearman's correlation of predicted and real loss, bold from {ENOUGH} on; below, that of the plans between "
-        f"{low} and {high} %. Error: of the outputs, relative, not squared. onnx-lrs weighs with {PRESENT}."
+        f"{low} and {high} %. Error: of the outputs, relative, not squared. onnx-lrs plans with {PRESENT}."
     )
     if details:
         parts += [f"## {model}\n\n{plans_table(own)}" for model, own in by_model(records).items()]

@@ -18,7 +18,7 @@ from onnx_lrs import data as sources
 from onnx_lrs.calibration.capture import Setting, is_too_large, rows_per_call
 from onnx_lrs.config import Config
 from onnx_lrs.data import Samples, TensorSpec
-from onnx_lrs.errors import ConfigError, ModelError
+from onnx_lrs.errors import ConfigError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.cost import macs_by_node, tensors_to_measure
 from onnx_lrs.graph.fold import fold_batch_norm
@@ -27,6 +27,7 @@ from onnx_lrs.graph.model import ModelSource, View
 from onnx_lrs.graph.rewrite import Reach, reach_of
 from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
+from onnx_lrs.runtime.verify import takes_batches
 
 RANDOM_ITEMS = 64  # how many random inputs --random-data fits on
 
@@ -139,7 +140,7 @@ def examine(
     feed = _probe_feed(config, inputs, samples, dynamic)
     shapes = measure_shapes(folded, view, sorted(tensors_around(layers)), feed, config.threads)
     in_memory = isinstance(source, onnx.ModelProto)
-    dynamic = dynamic and samples is not None and _batches(folded, samples, config.threads)
+    dynamic = dynamic and samples is not None and takes_batches(folded, samples, config.threads)
     return Subject(
         original=original,
         folded=folded,
@@ -180,32 +181,6 @@ def _batch(
     setting = Setting(config.memory_bytes, config.columns, config.calibration_batch, config.threads, config.seed, True)
     fitted = int((1 - sources.SELECT_SHARE) * (1 - config.holdout) * samples.row_count)
     return rows_per_call(layers, shapes, rows, setting, fitted)
-
-
-def _batches(model: onnx.ModelProto, samples: Samples, threads: int) -> bool:
-    """Return whether two samples in one call give what they give alone.
-
-    Exporters mark the batch as dynamic and still bake its size into a Reshape, and the first axis may be the time.
-    """
-    first, second = samples.item(0), samples.item(1)
-    pairs = [(first[name], second[name]) for name in first]
-    if any(a.ndim == 0 or a.shape != b.shape for a, b in pairs):
-        return True  # such samples are not joined anyway
-    with Session(model, threads) as session:
-        alone = [session.run(feed) for feed in (first, second)]
-        try:
-            joined = session.run({name: np.concatenate([first[name], second[name]]) for name in first})
-        except ModelError:
-            return False
-    return all(_stacked(name, alone, joined) for name in joined)
-
-
-def _stacked(name: str, alone: Sequence[Feed], joined: Feed) -> bool:
-    parts = [feed[name] for feed in alone]
-    if any(part.ndim == 0 for part in parts) or joined[name].shape != np.concatenate(parts).shape:
-        return False
-    scale = float(np.abs(np.nan_to_num(joined[name])).max(initial=0.0)) if joined[name].dtype.kind == "f" else 0.0
-    return bool(np.allclose(np.concatenate(parts), joined[name], rtol=1e-3, atol=1e-3 * scale, equal_nan=True))
 
 
 def _that_fit(

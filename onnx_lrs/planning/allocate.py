@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.optimize
@@ -19,6 +19,7 @@ from onnx_lrs.native import STDOUT, redirected
 
 CUTS = 50  # over-budget plans refused before the cheapest one is taken
 GAP = 1e-4  # relative; the error curves themselves are not known better than that
+WIDE = 30.0  # times the total, a loss on offer: HiGHS is exact to 1e-6 of the largest one, whatever its gap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,28 +84,56 @@ def _columns(layers: Sequence[Sequence[Choice]]) -> tuple[NDArray[np.intp], NDAr
 def _solve(
     layers: Sequence[Sequence[Choice]], budgets: Sequence[int], refused: Sequence[Sequence[int]]
 ) -> list[int] | None:
-    """Return the plan HiGHS finds, other than the refused ones; None if there is no other."""
+    """Return the best plan, other than the refused ones; None if there is no other.
+
+    No choice that loses more than a whole plan does is in a better one. They are left out and it is solved again, or
+    hopeless choices would set the scale on which HiGHS rounds.
+    """
     if not layers:
         return []
     starts = np.cumsum([0, *(len(layer) for layer in layers)])
     owner, costs, loss = _columns(layers)
-    pick_one = scipy.sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
-    limits = [scipy.optimize.LinearConstraint(pick_one, 1, 1)]
-    for cost, budget in zip(costs, budgets, strict=True):
-        scale = max(abs(budget), 1e-3 * np.abs(cost).max(initial=0.0), 1)  # it may be next to nothing, or below
-        limits.append(scipy.optimize.LinearConstraint(cost[None, :] / scale, -np.inf, budget / scale))
-    for plan in refused:
-        cut = np.zeros((1, len(owner)))
-        cut[0, starts[:-1] + plan] = 1.0
-        limits.append(scipy.optimize.LinearConstraint(cut, -np.inf, len(layers) - 1))
+    limits = [_one_each(owner), *_within(costs, budgets), *(_other_than(plan, starts) for plan in refused)]
+    chosen, offered = None, np.ones(len(owner), bool)
+    while (picked := _picked(loss, offered, limits)) is not None:
+        better = [int(np.argmax(picked[a:b])) for a, b in itertools.pairwise(starts)]
+        total = float(loss[starts[:-1] + better].sum())
+        if chosen is None or total < float(loss[starts[:-1] + chosen].sum()):
+            chosen = better
+        if loss[offered].max() <= WIDE * total:
+            break
+        offered &= loss <= total
+    return chosen
+
+
+def _picked(
+    loss: NDArray[np.float64], offered: NDArray[np.bool_], limits: Sequence[scipy.optimize.LinearConstraint]
+) -> NDArray[np.float64] | None:
+    """Return HiGHS's answer, (n,) of 0 and 1, made of what is offered; None if there is none."""
     with redirected(STDOUT, None):  # HiGHS leaves debug prints there
         solved = scipy.optimize.milp(
-            loss / max(loss.max(), 1e-300),
-            integrality=np.ones(len(owner)),
-            bounds=scipy.optimize.Bounds(0, 1),
+            loss / max(loss[offered].max(), 1e-300),
+            integrality=np.ones(len(loss)),
+            bounds=scipy.optimize.Bounds(0, offered.astype(float)),
             constraints=limits,
             options={"mip_rel_gap": GAP},
         )
-    if solved.x is None:
-        return None
-    return [int(np.argmax(solved.x[a:b])) for a, b in itertools.pairwise(starts)]
+    found: NDArray[np.float64] | None = solved.x
+    return found
+
+
+def _one_each(owner: NDArray[np.intp]) -> scipy.optimize.LinearConstraint:
+    places = owner, np.arange(len(owner))
+    return scipy.optimize.LinearConstraint(scipy.sparse.csr_array((np.ones(len(owner)), places)), 1, 1)
+
+
+def _within(costs: NDArray[np.float64], budgets: Sequence[int]) -> Iterator[scipy.optimize.LinearConstraint]:
+    for cost, budget in zip(costs, budgets, strict=True):
+        scale = max(abs(budget), 1e-3 * np.abs(cost).max(initial=0.0), 1)  # it may be next to nothing, or below
+        yield scipy.optimize.LinearConstraint(cost[None, :] / scale, -np.inf, budget / scale)
+
+
+def _other_than(plan: Sequence[int], starts: NDArray[np.int64]) -> scipy.optimize.LinearConstraint:
+    cut = np.zeros((1, int(starts[-1])))
+    cut[0, starts[:-1] + plan] = 1.0
+    return scipy.optimize.LinearConstraint(cut, -np.inf, len(plan) - 1)

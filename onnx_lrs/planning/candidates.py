@@ -14,7 +14,7 @@ from onnx_lrs.graph.forms import is_in_parts, stored_entries
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, takes_sparse
 from onnx_lrs.graph.weights import Scratch
-from onnx_lrs.planning.sensitivity import probe_of
+from onnx_lrs.planning.sensitivity import Probe, kind_of, probes_of
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
@@ -70,16 +70,16 @@ def candidates_of(question: Question) -> list[Candidate]:
     return [c for c in found if not c.elements or is_in_parts(c.rank, c.elements, shape, sparse)]
 
 
-def candidates_and_probe(question: Question) -> tuple[list[Candidate], tuple[float, AnyFactors] | None]:
-    """Return the candidates and, fitted quickly, the one that is put into the network to see what its loss means."""
+def candidates_and_probes(question: Question) -> tuple[list[Candidate], list[Probe]]:
+    """Return the candidates and, fitted quickly, those that are put into the network to see what their errors mean."""
     found = candidates_of(question)
-    probe = probe_of(found) if question.problem.moments is not None else None
-    if probe is None:
-        return found, None
     quick = dataclasses.replace(question, settings=dataclasses.replace(question.settings, steps=0))
-    factors = solution_of(quick, probe).factors
-    assert factors is not None  # a candidate saves parameters
-    return found, (probe.loss, factors)
+    probes = []
+    for probe in probes_of(found) if question.problem.moments is not None else ():
+        factors = solution_of(quick, probe).factors
+        assert factors is not None  # a candidate saves parameters
+        probes.append((kind_of(probe.form), probe.loss, factors))
+    return found, probes
 
 
 def solution_of(question: Question, chosen: Candidate) -> Solution:

@@ -24,8 +24,8 @@ from onnx_lrs.planning.candidates import FIT, SELECT, Bench, Fitted
 from onnx_lrs.planning.fitting import Fitter, fit_independently, independent_roles
 from onnx_lrs.planning.gate import Gate
 from onnx_lrs.planning.guarantee import Promise, promise
-from onnx_lrs.planning.job import Clock, Job
-from onnx_lrs.planning.plan import PLAN, error_curves, weighted
+from onnx_lrs.planning.job import Job
+from onnx_lrs.planning.plan import PLAN, Curves, carried, error_curves
 from onnx_lrs.planning.plan_file import read_plan
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.planning.search import (
@@ -39,10 +39,11 @@ from onnx_lrs.planning.search import (
     stand_in,
     within_latency,
 )
-from onnx_lrs.planning.sensitivity import sensitivities
+from onnx_lrs.planning.sensitivity import probed
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.timing import Stopwatch, Timing
 from onnx_lrs.planning.workers import Workers
+from onnx_lrs.progress import Clock
 from onnx_lrs.report.result import SearchStep, Totals
 from onnx_lrs.runtime.session import Feed, is_mapped
 from onnx_lrs.runtime.table import Device, Table
@@ -182,7 +183,7 @@ def _collect(job: Job, subject: Subject, material: Material, shop: Shop, clock: 
 
 
 def _stand_ins(subject: Subject, plan: Plan, with_mean: bool) -> dict[str, Fitted]:
-    """Return factors of a plan's shapes with random values, their errors those of the plan.
+    """Return factors of a plan's shapes with random values, each layer's error that of its candidate.
 
     ``with_mean``: a fit to data moves the bias, so that layers without one get one.
     """
@@ -204,17 +205,9 @@ def _in_cascade(job: Job, material: Material) -> bool:
 
 
 def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, Feed, Fitter], clock: Clock) -> Outcome:
-    """Choose a candidate for each layer: error curves, weighed by how much each layer's error moves the outputs."""
-    config, split, (shop, feed, fitter) = job.config, material.split, means
-    work = shop.work
-    roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
-    with clock.stage("plan", _step_count(subject.layers, roles, shop)):
-        curves, probes = error_curves(subject, shop, roles, job.progress)
-    if probes and material.samples is not None and split is not None:
-        with clock.stage("sensitivity", len(probes)):
-            batching = subject.batch, subject.dynamic_batch, config.threads
-            found = sensitivities(subject, probes, material.samples, split.select, batching, job.progress, work)
-            curves = weighted(curves, found)
+    """Choose a candidate for each layer by its error curve and what each layer's error makes of the outputs."""
+    shop, feed, fitter = means
+    curves, work = _curves(job, subject, material, shop, clock), shop.work
     if not job.budget.is_timed:
         kept = work.get(PLAN, str(job.budget))
         if kept is None:
@@ -231,6 +224,21 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
     finally:
         if asked and job.config.latency_table is not None:
             timing.table.write(pathlib.Path(job.config.latency_table))
+
+
+def _curves(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Curves:
+    """Return the candidates of all layers, with data also what each makes of the outputs."""
+    split = material.split
+    roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
+    with clock.stage("plan", _step_count(subject.layers, roles, shop)):
+        curves, probes = error_curves(subject, shop, roles, job.progress)
+    if not probes or material.samples is None or split is None:
+        return curves
+    with clock.stage("sensitivity", len(probes)):
+        batching = subject.batch, subject.dynamic_batch, job.config.threads
+        return carried(
+            curves, probed(subject, probes, material.samples, split.select, batching, job.progress, shop.work)
+        )
 
 
 def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, clock: Clock) -> Outcome:

@@ -14,21 +14,22 @@ from onnx_lrs.calibration.capture import Roles, Statistic, groups
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph.layers import Layer
+from onnx_lrs.graph.rewrite import alive_outputs
 from onnx_lrs.planning.allocate import Choice, allocate
-from onnx_lrs.planning.candidates import Question, candidates_and_probe
+from onnx_lrs.planning.candidates import Question, candidates_and_probes
 from onnx_lrs.planning.prices import CHANNELS, Alive, Macs, Params, Plan, Price, Size, alive_after, reads_of, saved
-from onnx_lrs.planning.sensitivity import bounded
+from onnx_lrs.planning.sensitivity import Kind, Law, Points, Probe, kind_of, laws
 from onnx_lrs.planning.shop import Shop
 from onnx_lrs.planning.workers import Task
 from onnx_lrs.progress import Progress
 from onnx_lrs.solvers import Candidate
-from onnx_lrs.solvers.problem import AnyFactors
 
 AROUND_ROUNDS = 6  # of solving the knapsack with costs that hold around the best plan so far
 LEAST_GAIN = 1e-3  # of the loss: less is not worth another of these rounds
+EXACT = 1e-12  # relative squared error of a layer: no more than float32 makes itself
 SHRINKS = 4  # of the limits in such a round
 Curves = Mapping[str, Sequence[Candidate]]
-Curve = tuple[list[Candidate], tuple[float, AnyFactors] | None]  # of one layer, with its probe's loss and factors
+Curve = tuple[list[Candidate], list[Probe]]  # of one layer, with its probes
 Reads = Mapping[str, NDArray[np.int64]]
 CURVE, PLAN, START = "curve", "plan", "start"  # kinds of what is kept
 
@@ -80,15 +81,15 @@ def error_curves(
     shop: Shop,
     roles: Roles,
     progress: Progress,
-) -> tuple[dict[str, list[Candidate]], dict[str, tuple[float, AnyFactors]]]:
-    """Return every layer's candidates, and with data one fitted probe of each layer (see planning/sensitivity.py).
+) -> tuple[dict[str, list[Candidate]], dict[str, list[Probe]]]:
+    """Return every layer's candidates, and with data fitted probes of each layer (see planning/sensitivity.py).
 
     Statistics are captured group by group; after use they are dropped, or put on the shelf. What is in the work
     folder already is neither captured nor solved again.
     """
     bench = shop.bench
     found: dict[str, list[Candidate]] = {}
-    probes: dict[str, tuple[float, AnyFactors]] = {}
+    probes: dict[str, list[Probe]] = {}
     for group in groups(subject.layers, len(roles), bench.memory_bytes, bench.with_columns):
         known = {layer.node: kept for layer in group if (kept := _kept(layer, shop)) is not None}
         rest = [layer for layer in group if layer.node not in known]
@@ -107,11 +108,11 @@ def error_curves(
         tasks = [
             Task(layer.d, functools.partial(_asked, shop, layer, statistics.get(layer.node, {}))) for layer in rest
         ]
-        shop.workers.map(candidates_and_probe, tasks, shop.at_once(group, len(roles)), finish)
+        shop.workers.map(candidates_and_probes, tasks, shop.at_once(group, len(roles)), finish)
         for layer in group:
-            found[layer.node], probe = known[layer.node]
-            if probe is not None:
-                probes[layer.node] = probe
+            found[layer.node], own = known[layer.node]
+            if own:
+                probes[layer.node] = own
             progress.step(layer.name)
     return found, probes
 
@@ -129,23 +130,27 @@ def _asked(shop: Shop, layer: Layer, own: Mapping[str, Statistic]) -> tuple[Ques
 
 
 def _put(layer: Layer, answer: Curve, own: Mapping[str, Statistic], shop: Shop) -> Curve:
-    """Keep a layer's candidates and probe; its statistics go on the shelf."""
-    candidates, probe = answer
+    """Keep a layer's candidates and probes; its statistics go on the shelf."""
+    candidates, probes = answer
     if shop.shelf is not None and candidates:
         shop.shelf.put(layer.node, own)
-    if probe is not None:
-        probe = probe[0], shop.bench.of_layer(layer, probe[1])
-    curve: Curve = shop.work.put(CURVE, layer.node, (candidates, probe))
+    kept = [(kind, error, shop.bench.of_layer(layer, factors)) for kind, error, factors in probes]
+    curve: Curve = shop.work.put(CURVE, layer.node, (candidates, kept))
     return curve
 
 
-def weighted(curves: Curves, sensitivity: Mapping[str, float]) -> dict[str, list[Candidate]]:
-    """Return the curves with every loss times the layer's weight (see planning/sensitivity.py)."""
-    weights = bounded(sensitivity)
+def carried(curves: Curves, measured: Mapping[str, Points]) -> Curves:
+    """Return the curves with what every candidate makes of the outputs (see planning/sensitivity.py)."""
+    found = laws(measured)
     return {
-        node: [dataclasses.replace(c, loss=c.loss * weights.get(node, 1.0)) for c in candidates]
+        node: [_at_outputs(c, found[node]) if node in found else c for c in candidates]
         for node, candidates in curves.items()
     }
+
+
+def _at_outputs(candidate: Candidate, own: Mapping[Kind, Law]) -> Candidate:
+    law = own.get(kind_of(candidate.form))
+    return candidate if law is None else dataclasses.replace(candidate, at_outputs=law.loss(_tempered(candidate.loss)))
 
 
 def make_plan(subject: Subject, curves: Curves, limits: Sequence[Limit], dense: Collection[str] = ()) -> Plan:
@@ -204,7 +209,7 @@ class Desk:
         narrow = [[i for i in some if _is_narrowing(o[i])] for some, o in zip(every, self._options, strict=True)]
         return [self._start(offered) for offered in ([every, narrow] if self._is_coupled else [every])]
 
-    @property
+    @functools.cached_property
     def _is_coupled(self) -> bool:
         """Whether what one layer becomes can make another one cheaper."""
         return any(
@@ -294,13 +299,12 @@ class Desk:
         if candidate is None or candidate.form != CHANNELS:
             return tuple(found)
         reads = {**reads, layer.node: candidate.support}
-        for producer in self._producers.get(layer.node, ()):
-            readers = self._subject.reach[producer.node][0]
-            if any(reader not in reads for reader in readers):
-                continue
-            rows = len(np.unique(np.concatenate([reads[reader] for reader in readers])))
-            if rows < producer.out:
+        producers = self._producers.get(layer.node, ())
+        narrower, _ = alive_outputs(self._subject.view, producers, reads, self._subject.reach)
+        for producer in producers:
+            if producer.node in narrower:
                 for k, limit in enumerate(self._limits):
+                    rows = len(narrower[producer.node])
                     found[k] -= limit.price.less(producer, plan.chosen.get(producer.node), rows)
         return tuple(found)
 
@@ -335,7 +339,14 @@ def _unreachable(count: int, limits: Sequence[Limit], costs: Sequence[int]) -> B
 def _choices(layer: Layer, candidates: Sequence[Candidate], limits: Sequence[Limit]) -> list[Choice]:
     """Return the layer's choices, dense first, each with its costs."""
     dense = Choice(tuple(limit.price.dense(layer) for limit in limits), 0.0)
-    return [dense, *(Choice(tuple(x.price.of(layer, c) for x in limits), _tempered(c.loss)) for c in candidates)]
+    return [dense, *(Choice(tuple(x.price.of(layer, c) for x in limits), _loss(c)) for c in candidates)]
+
+
+def _loss(candidate: Candidate) -> float:
+    """Return what a candidate loses at the outputs; its own error where that was not measured."""
+    if candidate.loss <= EXACT:
+        return 0.0
+    return _tempered(candidate.loss) if candidate.at_outputs is None else candidate.at_outputs
 
 
 def _tempered(loss: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -85,7 +86,8 @@ class EndToEnd:
 
     def without_idle(self, plan: Plan, timing: Timing) -> Plan:
         """Return a plan without the layers that do not make the network faster, the most doubtful asked first."""
-        gains = {node: timing.predict_ns(plan) - timing.predict_ns(without(plan, node)) for node in plan.chosen}
+        whole = timing.predict_ns(plan)
+        gains = {node: whole - timing.predict_ns(without(plan, node)) for node in plan.chosen}
         clear, paying, current = -CLEAR * timing.before, 0, plan
         for node in sorted(plan.chosen, key=lambda n: -gains[n]):
             if gains[node] < clear or paying == ENOUGH:
@@ -153,12 +155,12 @@ class Planner:
         assert self.timing is not None
         least, fewest = 0, {}
         for layer in self.subject.layers:
-            found = {self.timing.of(layer, c): c for c in self.curves[layer.node]}
-            dense = self.timing.dense(layer)
-            least += min([dense, *found]) - dense
-            narrow = [ns for ns, c in found.items() if c.form == CHANNELS]
+            took = functools.partial(self.timing.of, layer)
+            candidates, dense = self.curves[layer.node], self.timing.dense(layer)
+            least += min([dense, *map(took, candidates)]) - dense
+            narrow = [c for c in candidates if c.form == CHANNELS]
             if narrow:
-                fewest[layer.node] = found[min(narrow)]
+                fewest[layer.node] = min(narrow, key=took)
         reached = min(self.timing.now + least, self.timing.predict_ns(Plan(fewest)))
         return max(reached / self.timing.before, 0.0)
 

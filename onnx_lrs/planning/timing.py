@@ -45,7 +45,7 @@ SECONDS = 0.25  # of one such group, at least 10 rounds
 MODEL_SECONDS = 2.0
 BASELINES = 3  # readings of a dense layer, at least
 READINGS = 3  # of what a plan picks, at most; the median counts
-AGREE = 1.1  # two readings this close need no third
+AGREE = 1.1  # two readings this close need no third; what was interpolated counts as one
 SCALES = (0.25, 4.0)  # by which one calibration may correct
 
 
@@ -222,7 +222,7 @@ class Timing:
 
     def less(self, layer: Layer, candidate: Candidate | None, rows: int) -> int:
         """Return what the layer takes less once only so many of its filters are read."""
-        whole = self.dense(layer) if candidate is None else self.of(layer, candidate)
+        whole = self._ns(layer, self._shape(layer, candidate))
         return whole - self._ns(layer, self._shape(layer, candidate, rows), _shrinking(layer, candidate))
 
     def _in_plan(self, layer: Layer, plan: Plan, alive: Alive) -> Shape:
@@ -253,9 +253,10 @@ class Timing:
         return bool(wanted)
 
     def _make_sure(self, small: Small, shapes: Sequence[Shape], stopwatch: Stopwatch) -> None:
-        """Put the median of a few readings into the table; what it held before is one of them."""
+        """Put the median of a few readings into the table; what it held before, or foresaw, is one of them."""
         known = self.table.layers[small.key].ratios
-        readings = {shape: [known[shape.key]] if shape.key in known else [] for shape in shapes}
+        foreseen = {shape: known.get(shape.key, self._estimates.get((small.key, shape.key))) for shape in shapes}
+        readings = {shape: [] if ratio is None else [ratio] for shape, ratio in foreseen.items()}
         while waiting := [shape for shape in shapes if not _agree(readings[shape])]:
             group = waiting[:AT_ONCE]
             dense, *times = stopwatch.shapes_ms(small, [DENSE, *group])

@@ -24,6 +24,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
+from onnx_lrs.report.comparison import Comparison, said
 from onnx_lrs.report.result import Inspection, LayerInfo, LayerResult, Optimised, OutputQuality, Result
 
 REPORT_WIDTH = 100
@@ -465,6 +466,56 @@ def print_inspection(inspection: Inspection, verbose: bool = False, *, console: 
     _print(blocks, console or stderr_console())
 
 
+def print_comparison(comparison: Comparison, *, console: Console | None = None) -> None:
+    """Print times, ratios and models of a comparison; on stderr by default."""
+    blocks: list[RenderableType] = [_timings(comparison), "", _compared(comparison)]
+    if comparison.layers:
+        blocks += ["", _layer_times(comparison)]
+    blocks += ["", _text(comparison.machine()), *_notes(comparison.notes)]
+    _print(blocks, console or stderr_console())
+
+
+def _timings(comparison: Comparison) -> Table:
+    several = len({(t.provider, t.batch) for t in comparison.timings}) > 1
+    where = ["Provider", ">Batch"] if several else []
+    headers = (">Median", ">p90", ">p99", ">Samples/s", ">Latency ratio", "")
+    table = _table("Model", *where, *headers)
+    for t in comparison.timings:
+        place = [t.provider.removesuffix("ExecutionProvider"), str(t.batch)] if several else []
+        ratio = "1" if t.verdict == "first" else f"{t.ratio:.3f} ({t.ratio_low:.3f}-{t.ratio_high:.3f})"
+        times = [_milliseconds(ms) for ms in (t.median_ms, t.p90_ms, t.p99_ms)]
+        table.add_row(_text(t.model), *place, *times, _three_digits(t.throughput), ratio, said(t))
+    return table
+
+
+def _compared(comparison: Comparison) -> Table:
+    judged = any(model.quality for model in comparison.models)
+    headers = [">File", ">Parameters", ">Load", ">Peak memory"]
+    table = _table("Model", *headers, *([">Output off by", ">Same class", ">Accuracy"] if judged else []))
+    for model in comparison.models:
+        memory = "" if model.peak_memory_bytes is None else _bytes(model.peak_memory_bytes)
+        figures = [_bytes(model.file_bytes), _count(model.params), _milliseconds(model.load_ms), memory]
+        if judged:
+            quality = model.quality[0] if model.quality else None
+            figures += ["", "", ""] if quality is None else _against_first(quality)
+        table.add_row(_text(model.name), *figures)
+    return table
+
+
+def _against_first(quality: OutputQuality) -> list[str]:
+    return [_percent(quality.relative_l2), _percent(quality.top1_agreement), _accuracy(quality)]
+
+
+def _layer_times(comparison: Comparison) -> Table:
+    several = len({(t.provider, t.batch) for t in comparison.layers}) > 1
+    names = [f">{_printable(model.name)}" for model in comparison.models]
+    table = _table("Layer", *(["Provider", ">Batch"] if several else []), *names, title="Times of the layers, per call")
+    for t in comparison.layers:
+        place = [t.provider, str(t.batch)] if several else []
+        table.add_row(_text(t.layer), *place, *(_milliseconds(ms) for ms in t.ms))
+    return table
+
+
 def _model_facts(inspection: Inspection) -> Table:
     totals = inspection.totals
     facts = [
@@ -473,10 +524,13 @@ def _model_facts(inspection: Inspection) -> Table:
         ("Producer", inspection.producer or UNKNOWN),
         *(("Input", text) for text in inspection.inputs),
         *(("Output", text) for text in inspection.outputs),
+        ("Open sizes", ", ".join(inspection.dynamic) or "none"),
         ("Parameters", _count(totals.params)),
         ("MACs", _count(totals.macs)),
         ("File size", _bytes(totals.file_bytes)),
     ]
+    if inspection.external_bytes:
+        facts.append(("External data", f"{_bytes(inspection.external_bytes)} of it"))
     if totals.latency_ms is not None:
         facts.append(("Latency", _milliseconds(totals.latency_ms)))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
@@ -493,12 +547,20 @@ def _inspected_layers(inspection: Inspection, verbose: bool) -> list[RenderableT
     if not verbose and len(layers) > INSPECTED_LAYERS:
         layers = sorted(layers, key=lambda layer: layer.params, reverse=True)[:INSPECTED_LAYERS]
         title = f"The {len(layers)} largest of {len(inspection.layers)} layers (-v: all)"
-    table = _table("Layer", "Weight", ">Parameters", ">MACs", "Compressible", title=title)
+    ranked = any(layer.effective_rank is not None for layer in layers)
+    rank = [">Rank"] if ranked else []
+    table = _table("Layer", "Weight", ">Parameters", ">", ">MACs", ">", *rank, "Compressible", title=title)
+    totals = inspection.totals
     for layer in layers:
         answer = "yes" if layer.eligible else f"no: {layer.reason or 'no reason given'}"
-        weight = _weight(layer.op, layer.shape)
-        table.add_row(_text(layer.name), weight, _count(layer.params), _count(layer.macs), _text(answer))
-    return [table, ""]
+        figures = []
+        for value, total in ((layer.params, totals.params), (layer.macs, totals.macs)):
+            figures += [_count(value), _percent(value / total) if total else UNKNOWN]
+        if ranked:
+            figures.append(UNKNOWN if layer.effective_rank is None else f"{layer.effective_rank}/{layer.full_rank}")
+        table.add_row(_text(layer.name), _weight(layer.op, layer.shape), *figures, _text(answer))
+    said = [_text("Rank: the lowest that keeps 99 % of the variance of the layer's outputs, of the full one.")]
+    return [table, *(said * ranked), ""]
 
 
 def _eligible_line(layers: Sequence[LayerInfo]) -> Text:

@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from threadpoolctl import threadpool_info
@@ -26,6 +28,27 @@ def environment(provider: str, threads: int, seed: int) -> dict[str, Any]:
         "threads": threads,
         "seed": seed,
     }
+
+
+def processor(entries: Sequence[str] = ("model name", "Hardware")) -> str:
+    """Return the processor's name; on Linux these entries of /proc/cpuinfo, as far as they are there."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    about = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    found = [value.strip() for name in entries for key, value in about.items() if key.strip() == name]
+    return " ".join(found) or platform.machine()
+
+
+def accelerators() -> str:
+    """Return the names and drivers of NVIDIA's devices, as their own tool tells them."""
+    wanted = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(wanted, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "GPU without a name"
+    return "; ".join(line.strip() for line in told.splitlines())
 
 
 def versions() -> dict[str, str]:

@@ -24,6 +24,11 @@ SLOWER = 1.02  # times the latency: less may be noise
 POOR = 0.3  # relative error of an output beyond which the console warns
 NAMED = 5  # layers that a note calls by name
 
+ASSUMED = (
+    "No preprocessing was named, so this one is assumed. "
+    "If the model was trained otherwise, use --preset or --scale, --mean, --std."
+)
+
 
 def opening_notes(job: Job, subject: Subject, material: Material) -> list[str]:
     """Return what the user has to know about the basis of this run."""
@@ -43,10 +48,7 @@ def opening_notes(job: Job, subject: Subject, material: Material) -> list[str]:
     if material.judge is not None and job.inputs.test is not None:
         notes.append(f"Judged on {material.judge.description}.")
     if any(samples.guessed for samples in (material.samples, material.judge) if samples is not None):
-        notes.append(
-            "No preprocessing was named, so this one is assumed. "
-            "If the model was trained otherwise, use --preset or --scale, --mean, --std."
-        )
+        notes.append(ASSUMED)
     return notes + _wide_notes(job, subject, material)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import onnx
+
+from onnx_lrs.report.record import Report
 
 SCHEMA = 1
 
@@ -186,22 +187,7 @@ class OutputQuality:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Report:
-    """A record with a JSON form; a field whose metadata says ``json=False`` is left out."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as plain JSON values (non-finite numbers become None)."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("json", True)}
-        clean: dict[str, Any] = _jsonable(plain)
-        return clean
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """Return the record as a JSON text with keys in a fixed order."""
-        return json.dumps(self.to_dict(), indent=indent)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result(_Report):
+class Result(Report):
     """The outcome of :func:`onnx_lrs.compress`.
 
     ``model`` is the compressed ModelProto and is not part of the JSON; large weights that lie in the output's data file
@@ -242,7 +228,9 @@ class LayerInfo:
     """One Conv, Gemm or MatMul of a model as it is, and whether it can be compressed.
 
     ``shape`` is the weight's shape in the file and empty when the layer has no constant weight. ``reason`` says why a
-    layer is not ``eligible`` and is None when it is.
+    layer is not ``eligible`` and is None when it is. ``effective_rank`` is the lowest rank that keeps 99 % of the
+    variance of the layer's outputs on the data, of at most ``full_rank``; None without data
+    and for layers left as they are.
     """
 
     name: str
@@ -252,13 +240,17 @@ class LayerInfo:
     macs: int
     eligible: bool
     reason: str | None
+    full_rank: int | None = None
+    effective_rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Inspection(_Report):
+class Inspection(Report):
     """What :func:`onnx_lrs.inspect` finds in a model; nothing is changed.
 
-    ``inputs`` and ``outputs`` are one text a tensor: name, type and shape, ``image float32 [N,3,32,32]``.
+    ``inputs`` and ``outputs`` are one text a tensor: name, type and shape, ``image float32 [N,3,32,32]``; ``dynamic``
+    lists the dimensions of the inputs that are open, "image: axis 0 (N)". ``external_bytes`` are those of weights
+    beside the file, which ``totals.file_bytes`` holds as well.
     """
 
     input: str | None
@@ -270,6 +262,8 @@ class Inspection(_Report):
     totals: Totals
     layers: tuple[LayerInfo, ...]
     notes: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ()
+    external_bytes: int = 0
     schema: int = SCHEMA
 
 
@@ -285,15 +279,3 @@ def ratio_of(before: Totals, after: Totals) -> Ratio:
         file_bytes=over(before.file_bytes, after.file_bytes),
         latency_ms=over(before.latency_ms, after.latency_ms) if before.latency_ms and after.latency_ms else None,
     )
-
-
-def _jsonable(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,19 +39,48 @@ def times_in_turn(
     After a warm-up every session runs once a round, forwards and backwards in turn, for about ``seconds`` (at least 10
     rounds, at most 200). ``between`` is called before each timed call.
     """
-    for session, feed in zip(sessions, feeds, strict=True):
+    calls = [functools.partial(session.run, feed) for session, feed in zip(sessions, feeds, strict=True)]
+    return calls_in_turn(calls, seconds, ROUNDS, there_and_back(len(calls)), between)
+
+
+def there_and_back(count: int) -> Iterator[Sequence[int]]:
+    """Yield the orders 0, 1, ... and ..., 1, 0 in turn: of two calls each comes behind itself as often as the other."""
+    return itertools.cycle([range(count), range(count)[::-1]])
+
+
+def drawn(count: int, rng: np.random.Generator) -> Iterator[Sequence[int]]:
+    """Yield orders of ``count`` calls at random.
+
+    A call is cheaper behind itself, where its weights are still in the cache. There and back the middle one of three
+    never comes behind itself; drawn, every one does so equally often.
+    """
+    while True:
+        yield [int(which) for which in rng.permutation(count)]
+
+
+def calls_in_turn(
+    calls: Sequence[Callable[[], object]],
+    seconds: float,
+    limits: tuple[int, int],
+    orders: Iterable[Sequence[int]],
+    between: Callable[[], object] | None = None,
+) -> NDArray[np.float64]:
+    """Return the milliseconds of every call, shape (rounds, calls), float64.
+
+    ``limits`` are the least and most rounds; in each the calls run once, in the next one of the ``orders``.
+    """
+    for call in calls:
         for _ in range(WARM_UP):
-            session.run(feed)
+            call()
     rounds: list[list[float]] = []
-    end = time.perf_counter() + seconds
-    while len(rounds) < ROUNDS[0] or (time.perf_counter() < end and len(rounds) < ROUNDS[1]):
-        times = [0.0] * len(sessions)
-        order = range(len(sessions))
-        for which in order if len(rounds) % 2 == 0 else reversed(order):
+    end, turns = time.perf_counter() + seconds, iter(orders)
+    while len(rounds) < limits[0] or (time.perf_counter() < end and len(rounds) < limits[1]):
+        times = [0.0] * len(calls)
+        for which in next(turns):
             if between is not None:
                 between()
             start = time.perf_counter()
-            sessions[which].run(feeds[which])
+            calls[which]()
             times[which] = 1e3 * (time.perf_counter() - start)
         rounds.append(times)
     return np.array(rounds)

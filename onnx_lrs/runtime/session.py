@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_lrs.config import Provider
+from onnx_lrs.config import CudaOptions, Provider
 from onnx_lrs.errors import ModelError, RuntimeEnvironmentError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, save
 from onnx_lrs.graph.weights import below, common_folder, outside_bytes
@@ -37,9 +38,22 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 STOP_SPINNING = "session.force_spinning_stop"
 WRITTEN_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 WRITTEN_OUTSIDE = "session.optimized_model_external_initializers_min_size_in_bytes"
+DEVICES = {CUDA: "cuda", TENSORRT: "cuda"}  # where inputs and outputs are bound
 KEEP_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 MOST_COPIED = 2**28  # bytes of weights in files that a session may hold a second time for the sake of speed
 Feed = dict[str, NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """How sessions use a GPU: the provider's options, and the folder in which TensorRT keeps the engines it builds.
+
+    None: it keeps none and builds them again for every session, which takes minutes. An engine holds weights but is
+    known by names and shapes only, so every model needs a folder of its own.
+    """
+
+    cuda: CudaOptions = dataclasses.field(default_factory=CudaOptions)
+    engines: str | None = None
 
 
 def runtime() -> Any:
@@ -80,26 +94,31 @@ def is_mapped(model: onnx.ModelProto) -> bool:
 class Session:
     """One model ready to run with a fixed number of threads, on the CPU provider unless another one is named.
 
-    Use as a context manager: a model beyond protobuf's limit lives in a temporary folder until it is closed. Weights in
-    files are mapped, not read. ONNX Runtime copies them all the same where it packs them for its kernels, changes their
+    The model is one in memory, or a file, which ONNX Runtime then reads itself as a program in production would. Use as
+    a context manager: a model beyond protobuf's limit lives in a temporary folder until it is closed. Weights in files
+    are mapped, not read. ONNX Runtime copies them all the same where it packs them for its kernels, changes their
     layout or folds constants; a ``mapped`` session (default: by :func:`is_mapped`) does none of that. With ``written``
-    ONNX Runtime leaves its optimised graph in that file, and the weights beside it.
+    ONNX Runtime leaves its optimised graph in that file, and the weights beside it; with ``profile`` it times every
+    node and leaves that in a file whose name begins so when :meth:`end_profile` is called. ``gpu`` says how a GPU is
+    used where the provider is one.
 
     Raises
     ------
     ModelError
-        If ONNX Runtime cannot load the model.
+        If ONNX Runtime cannot load the model. Whether a GPU's provider starts at all is for :func:`check_provider`.
     RuntimeEnvironmentError
-        If another provider than the CPU's was named and does not start.
+        If another provider would run than the one that was named.
     """
 
     def __init__(
         self,
-        model: onnx.ModelProto,
+        model: onnx.ModelProto | pathlib.Path,
         threads: int,
         mapped: bool | None = None,
         provider: Provider = "cpu",
         written: pathlib.Path | None = None,
+        gpu: Gpu | None = None,
+        profile: pathlib.Path | None = None,
     ) -> None:
         ort = runtime()
         options = ort.SessionOptions()
@@ -107,13 +126,16 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = ERRORS_ONLY
         options.add_session_config_entry(STOP_SPINNING, "1")
-        more: dict[str, Any] = {"providers": list(PROVIDERS[provider]), "disabled_optimizers": []}
-        if is_mapped(model) if mapped is None else mapped:
+        gpu = gpu or Gpu()
+        more: dict[str, Any] = {"providers": provider_options(provider, gpu), "disabled_optimizers": []}
+        if mapped or (mapped is None and isinstance(model, onnx.ModelProto) and is_mapped(model)):
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             more["disabled_optimizers"] = ["ConstantFolding"]
         if written is not None:
             _write_to(written, options)
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         self._folder = contextlib.ExitStack()
         said = io.StringIO()
         try:
@@ -127,16 +149,22 @@ class Session:
                     self._session = ort.InferenceSession(content, options, **more, enable_fallback=0)
         except Exception as error:
             self._folder.close()
-            if provider != "cpu":
-                raise _not_started(provider, None, f"{said.getvalue()}\n{error}") from error
-            raise ModelError(f"ONNX Runtime cannot load the model: {_short(error)}") from error
+            failure = not_loaded(provider, gpu.cuda, f"{error} {said.getvalue()}")
+            failure.add_note(f"{said.getvalue()}\n{error}")  # line by line, for check_provider
+            raise failure from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != PROVIDERS[provider][0]:
             self.close()
             raise _not_started(provider, self.provider, said.getvalue())
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
+        self._uncaptured = None  # a plain run copies its inputs: nothing that a CUDA graph could replay
+        if provider != "cpu":
+            self._uncaptured = ort.RunOptions()
+            self._uncaptured.add_run_config_entry("gpu_graph_id", "-1")
 
-    def _loadable(self, model: onnx.ModelProto, options: Any) -> bytes | str:
+    def _loadable(self, model: onnx.ModelProto | pathlib.Path, options: Any) -> bytes | str:
+        if isinstance(model, pathlib.Path):
+            return str(model)
         root = common_folder(model)
         if model.ByteSize() < PROTOBUF_LIMIT and root is not None:
             options.add_session_config_entry(EXTERNAL_FOLDER, str(root))
@@ -159,7 +187,7 @@ class Session:
         if not wanted:  # which ONNX Runtime would take for all
             return {}
         try:
-            values = self._session.run(wanted, feed)
+            values = self._session.run(wanted, feed, self._uncaptured)
         except Exception as error:
             shapes = ", ".join(f"{k} {v.dtype} {list(v.shape)}" for k, v in feed.items())
             raise ModelError(
@@ -180,6 +208,20 @@ class Session:
             node.name or node.op_type for part in parts if part.ep_name != self.provider for node in part.get_nodes()
         )
 
+    def bound(self, feed: Feed) -> Bound:
+        """Return the call on one feed with inputs and outputs that lie where the provider computes.
+
+        Raises
+        ------
+        ModelError
+            If ONNX Runtime fails to run the model on this feed.
+        """
+        return Bound(self._session, feed, self.run(feed), DEVICES.get(self.provider, "cpu"))
+
+    def end_profile(self) -> pathlib.Path:
+        """Return the file in which the times of the nodes are, for a session with ``profile``."""
+        return pathlib.Path(self._session.end_profiling())
+
     def close(self) -> None:
         """Release the session and its temporary folder."""
         del self._session
@@ -192,8 +234,65 @@ class Session:
         self.close()
 
 
+class Bound:
+    """One call, its inputs and outputs bound to memory of a device: what a run takes there, without copies to and fro.
+
+    ``outputs`` are values of the right types and shapes; ``device`` is ONNX Runtime's name of the device's kind. It
+    keeps the session and its memory alive for as long as it lives itself.
+
+    Raises
+    ------
+    ModelError
+        If a value cannot lie there, as texts cannot on a GPU.
+    """
+
+    def __init__(self, session: Any, feed: Feed, outputs: Feed, device: str) -> None:
+        ort = runtime()
+        self._session, self._binding = session, session.io_binding()
+
+        def there(values: Feed) -> dict[str, Any]:
+            return {name: ort.OrtValue.ortvalue_from_numpy(value, device, 0) for name, value in values.items()}
+
+        try:
+            self._inputs = there(feed)
+            self._outputs = there({name: np.zeros_like(value) for name, value in outputs.items()})
+            for name, value in self._inputs.items():
+                self._binding.bind_ortvalue_input(name, value)
+            for name, value in self._outputs.items():
+                self._binding.bind_ortvalue_output(name, value)
+        except Exception as error:
+            raise _unbound(error) from error
+
+    def run(self) -> None:
+        """Run the model and wait for its outputs.
+
+        Raises
+        ------
+        ModelError
+            If ONNX Runtime fails.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
+        except Exception as error:
+            raise _unbound(error) from error
+
+    def values(self) -> Feed:
+        """Return the outputs of the last run by name."""
+        return {name: value.numpy() for name, value in self._outputs.items()}
+
+
+def _unbound(error: Exception) -> ModelError:
+    return ModelError(
+        f"ONNX Runtime cannot run the model with bound inputs and outputs: {_short(error)}",
+        "Try --no-io-binding, and without --cuda-graph.",
+    )
+
+
 def check_provider(provider: Provider) -> None:
     """Start a provider on a model of one node, so that a long run does not fail at its end.
+
+    What fails to load behind this check fails for the model's sake, not the provider's.
 
     Raises
     ------
@@ -203,7 +302,26 @@ def check_provider(provider: Provider) -> None:
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "probe", ends[:1], ends[1:])
     opsets = [onnx.helper.make_opsetid("", 13)]
-    Session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=7), 1, False, provider).close()
+    try:
+        Session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=7), 1, False, provider).close()
+    except ModelError as error:
+        raise _not_started(provider, None, "\n".join(error.__notes__)) from error
+
+
+def provider_options(provider: Provider, gpu: Gpu) -> list[Any]:
+    """Return ONNX Runtime's names of a provider and those behind it, with their options."""
+    cuda, on_tensorrt = gpu.cuda, provider == "tensorrt"
+    engines = {"trt_engine_cache_enable": "True", "trt_engine_cache_path": gpu.engines} if gpu.engines else {}
+    options = {
+        CUDA: {
+            "use_tf32": str(int(cuda.tf32)),
+            "prefer_nhwc": str(int(cuda.prefer_nhwc)),
+            "cudnn_conv_algo_search": cuda.cudnn_conv_algo_search.upper(),
+            "enable_cuda_graph": str(int(cuda.cuda_graph and not on_tensorrt)),
+        },
+        TENSORRT: {"trt_cuda_graph_enable": str(cuda.cuda_graph), **engines},
+    }
+    return [(name, options[name]) if name in options else name for name in PROVIDERS[provider]]
 
 
 def _write_to(place: pathlib.Path, options: Any) -> None:
@@ -211,6 +329,16 @@ def _write_to(place: pathlib.Path, options: Any) -> None:
     options.add_session_config_entry(WRITTEN_WEIGHTS, f"{place.name}.weights")
     options.add_session_config_entry(WRITTEN_OUTSIDE, "1024")
     options.add_session_config_entry(KEEP_ASSIGNMENT, "1")
+
+
+def not_loaded(provider: Provider, cuda: CudaOptions, said: str) -> ModelError:
+    """Return the error of a model that ONNX Runtime cannot load, with what it ``said``."""
+    if provider == "cpu":
+        return ModelError(f"ONNX Runtime cannot load the model: {_short(said)}")
+    remedy = "See whether it loads with --provider cpu."
+    if cuda.cuda_graph:
+        remedy = f"Leave --cuda-graph out, for which every node has to run on the GPU. {remedy}"
+    return ModelError(f"ONNX Runtime cannot load the model on {PROVIDERS[provider][0]}: {_short(said)}", remedy)
 
 
 def _not_started(provider: Provider, instead: str | None, said: str) -> RuntimeEnvironmentError:
@@ -228,14 +356,18 @@ def _not_started(provider: Provider, instead: str | None, said: str) -> RuntimeE
 
 def _reason(said: str) -> str:
     """Return the missing library in ONNX Runtime's words, or the last thing it said."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)  # colours
+    plain = _without_colours(said)
     missing = re.search(r"with error: (.+)", plain)
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return (missing[1].strip() if missing else lines[-1] if lines else "no reason was given").rstrip(".")[:500]
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
+def _without_colours(said: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", said)
+
+
+def _short(said: object) -> str:
+    return " ".join(_without_colours(str(said)).split())[:500]
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

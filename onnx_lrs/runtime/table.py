@@ -11,15 +11,15 @@ import hashlib
 import json
 import math
 import pathlib
-import platform
-import subprocess
 from typing import Any
 
 from onnx_lrs.errors import ConfigError, OutputError
+from onnx_lrs.report.environment import accelerators, processor
 from onnx_lrs.runtime.session import runtime
 from onnx_lrs.work import replacing
 
 FORMAT = 1
+IDENTITY = ("model name", "cpu family", "model", "stepping", "Hardware", "CPU part")  # of a processor, in /proc/cpuinfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Device:
     @classmethod
     def here(cls, provider: str, threads: int) -> Device:
         """Return this machine with a provider of ONNX Runtime."""
-        name = _processor() if provider == "cpu" else f"{_processor()}, {_accelerators()}"
+        cpu = processor(IDENTITY)
+        name = cpu if provider == "cpu" else f"{cpu}, {accelerators()}"
         return cls(provider, name, str(runtime().__version__), threads)
 
     @property
@@ -44,28 +45,6 @@ class Device:
 
     def __str__(self) -> str:
         return f"{self.name}, {self.provider}, {self.threads} threads, ONNX Runtime {self.onnxruntime}"
-
-
-def _processor() -> str:
-    """Return the processor's name; where the system tells more (Linux), with family, model and stepping."""
-    wanted = ("model name", "cpu family", "model", "stepping", "Hardware", "CPU part")
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    about = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    found = [value.strip() for name in wanted for key, value in about.items() if key.strip() == name]
-    return " ".join(found) or platform.machine()
-
-
-def _accelerators() -> str:
-    """Return the names and drivers of NVIDIA's devices, as their own tool tells them."""
-    wanted = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(wanted, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "GPU without a name"
-    return "; ".join(line.strip() for line in told.splitlines())
 
 
 @dataclasses.dataclass

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from onnx_lrs.data import Samples, batches
-from onnx_lrs.errors import DataError, VerificationError
+from onnx_lrs.errors import DataError, ModelError, VerificationError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, signature
 from onnx_lrs.graph.weights import constant_outside, is_outside, references
 from onnx_lrs.progress import Pace, Progress
@@ -172,6 +173,35 @@ def compare_outputs(
         pace.advance(len(indices))
     pace.finish()
     return tuple(meter.quality() for meter in meters.values())
+
+
+def takes_batches(model: onnx.ModelProto | pathlib.Path, samples: Samples, threads: int) -> bool:
+    """Return whether two samples in one call give what they give alone.
+
+    Exporters mark the batch as dynamic and still bake its size into a Reshape, and the first axis may be the time.
+    With a single sample there is nothing to join, and nothing to tell it by: no.
+    """
+    if len(samples) < 2:
+        return False
+    first, second = samples.item(0), samples.item(1)
+    pairs = [(first[name], second[name]) for name in first]
+    if any(a.ndim == 0 or a.shape != b.shape for a, b in pairs):
+        return True  # such samples are not joined anyway
+    with Session(model, threads) as session:
+        alone = [session.run(feed) for feed in (first, second)]
+        try:
+            joined = session.run({name: np.concatenate([first[name], second[name]]) for name in first})
+        except ModelError:
+            return False
+    return all(_stacked(name, alone, joined) for name in joined)
+
+
+def _stacked(name: str, alone: Sequence[Feed], joined: Feed) -> bool:
+    parts = [feed[name] for feed in alone]
+    if any(part.ndim == 0 for part in parts) or joined[name].shape != np.concatenate(parts).shape:
+        return False
+    scale = float(np.abs(np.nan_to_num(joined[name])).max(initial=0.0)) if joined[name].dtype.kind == "f" else 0.0
+    return bool(np.allclose(np.concatenate(parts), joined[name], rtol=1e-3, atol=1e-3 * scale, equal_nan=True))
 
 
 def change_of_output(

@@ -396,7 +396,8 @@ class Candidate:
     ``loss`` is J relative to the layer's output variance on the validation moments (ddlr and nettrim: the relative
     squared error behind the activation); ``support`` the kept channels;
     ``damping`` the share of the mean diagonal of H that was added to it; ``elements`` the single entries of S;
-    ``inner`` the channels between the first two of three convolutions.
+    ``inner`` the channels between the first two of three convolutions; ``at_outputs`` the relative squared error that
+    the network's outputs are expected to have of it, None where that was not measured.
     """
 
     form: str
@@ -407,6 +408,7 @@ class Candidate:
     damping: float
     elements: int = 0
     inner: int = 0
+    at_outputs: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
