@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.optimize
@@ -19,6 +20,7 @@ from onnx_lrs.native import STDOUT, redirected
 
 CUTS = 50  # over-budget plans refused before the cheapest one is taken
 GAP = 1e-4  # relative; the error curves themselves are not known better than that
+ROUNDING, ROUNDED = 1e-9, 64  # what counts as nothing in a relaxed plan; most plans that it is rounded to
 WIDE = 30.0  # times the total, a loss on offer: HiGHS is exact to 1e-6 of the largest one, whatever its gap
 
 
@@ -42,14 +44,16 @@ def allocate(layers: Sequence[Sequence[Choice]], budgets: Sequence[int]) -> list
 
 def _undominated(layer: Sequence[Choice]) -> list[int]:
     """Return the choices that no other one beats in every cost and in loss, by rising cost."""
-    kept: list[int] = []
     costs = np.array([c.costs for c in layer], np.int64).reshape(len(layer), -1)
-    for index in sorted(range(len(layer)), key=lambda i: (*layer[i].costs, layer[i].loss)):
-        better = (costs[kept] <= costs[index]).all(axis=1) & (
-            np.array([layer[k].loss for k in kept]) <= layer[index].loss
-        )
-        if not better.any():
-            kept.append(index)
+    loss = np.array([c.loss for c in layer])
+    order = np.lexsort((loss, *costs.T[::-1]))
+    if costs.shape[1] == 1:  # each has to lose less than all that cost no more
+        least = np.minimum.accumulate(loss[order])
+        return [int(i) for i in order[np.append(True, loss[order][1:] < least[:-1])]]
+    kept: list[int] = []
+    for index in order:
+        if not ((costs[kept] <= costs[index]).all(axis=1) & (loss[kept] <= loss[index])).any():
+            kept.append(int(index))
     return kept
 
 
@@ -74,13 +78,6 @@ def _fits(layers: Sequence[Sequence[Choice]], chosen: Sequence[int], budgets: Se
     return all(sum(costs[k] for costs in picked) <= budget for k, budget in enumerate(budgets))
 
 
-def _columns(layers: Sequence[Sequence[Choice]]) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
-    """Return the owner (n,), the costs (limits, n) and the loss (n,) of all choices in a row."""
-    owner = np.repeat(np.arange(len(layers)), [len(layer) for layer in layers])
-    costs = np.array([c.costs for layer in layers for c in layer], float).T
-    return owner, costs, np.array([c.loss for layer in layers for c in layer])
-
-
 def _solve(
     layers: Sequence[Sequence[Choice]], budgets: Sequence[int], refused: Sequence[Sequence[int]]
 ) -> list[int] | None:
@@ -91,49 +88,100 @@ def _solve(
     """
     if not layers:
         return []
-    starts = np.cumsum([0, *(len(layer) for layer in layers)])
-    owner, costs, loss = _columns(layers)
-    limits = [_one_each(owner), *_within(costs, budgets), *(_other_than(plan, starts) for plan in refused)]
-    chosen, offered = None, np.ones(len(owner), bool)
-    while (picked := _picked(loss, offered, limits)) is not None:
-        better = [int(np.argmax(picked[a:b])) for a, b in itertools.pairwise(starts)]
-        total = float(loss[starts[:-1] + better].sum())
-        if chosen is None or total < float(loss[starts[:-1] + chosen].sum()):
+    program = _program(layers, budgets, refused)
+    chosen, offered = None, _hopeful(program, lambda plan: plan not in refused and _fits(layers, plan, budgets))
+    while (picked := _picked(program, offered)) is not None:
+        better = [int(np.argmax(picked[a:b])) for a, b in itertools.pairwise(program.starts)]
+        total = program.total(better)
+        if chosen is None or total < program.total(chosen):
             chosen = better
-        if loss[offered].max() <= WIDE * total:
+        if program.loss[offered].max() <= WIDE * total:
             break
-        offered &= loss <= total
+        offered &= program.loss <= total
     return chosen
 
 
-def _picked(
-    loss: NDArray[np.float64], offered: NDArray[np.bool_], limits: Sequence[scipy.optimize.LinearConstraint]
-) -> NDArray[np.float64] | None:
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """All choices in a row: losses (n,), those of layer l from starts[l] on; rows @ x <= most, (m, n) and (m,)."""
+
+    loss: NDArray[np.float64]
+    starts: NDArray[np.int64]
+    rows: NDArray[np.float64]
+    most: NDArray[np.float64]
+
+    @property
+    def owner(self) -> NDArray[np.intp]:
+        """The layer of every choice, (n,)."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+    @property
+    def one_each(self) -> scipy.sparse.csr_array:
+        """The rows that sum the choices of each layer, (layers, n)."""
+        return scipy.sparse.csr_array((np.ones(len(self.loss)), (self.owner, np.arange(len(self.loss)))))
+
+    def total(self, plan: Sequence[int]) -> float:
+        """Return what a plan loses."""
+        return float(self.loss[self.starts[:-1] + plan].sum())
+
+
+def _program(layers: Sequence[Sequence[Choice]], budgets: Sequence[int], refused: Sequence[Sequence[int]]) -> _Program:
+    starts = np.cumsum([0, *(len(layer) for layer in layers)])
+    costs = np.array([c.costs for layer in layers for c in layer], float).T
+    largest = 1e-3 * np.abs(costs).max(axis=1, initial=0.0)  # a budget may be next to nothing, or below
+    scales = np.maximum(np.maximum(np.abs(np.array(budgets, float)), largest), 1.0)
+    cuts = np.zeros((len(refused), int(starts[-1])))
+    for cut, plan in zip(cuts, refused, strict=True):
+        cut[starts[:-1] + plan] = 1.0
+    rows = np.vstack([costs / scales[:, None], cuts])
+    most = np.array([*(np.array(budgets, float) / scales), *(len(plan) - 1 for plan in refused)])
+    return _Program(np.array([c.loss for layer in layers for c in layer]), starts, rows, most)
+
+
+def _hopeful(program: _Program, is_allowed: Callable[[list[int]], bool]) -> NDArray[np.bool_]:
+    r"""Return which choices may be in a plan that loses less than the relaxed problem's, rounded; (n,) of bool.
+
+    With prices :math:`p \ge 0` on the rows of :math:`A x \le b`, every plan within the limits loses at least
+
+    .. math:: \sum_l \min_{j \in l} (\mathrm{loss}_j + p^T a_j) - p^T b
+
+    and one that holds choice j as much more as j exceeds its layer's minimum by. Those of the linear relaxation leave a
+    few choices a layer; HiGHS does the same for itself, and takes several times as long for it.
+    """
+    scale = max(program.loss.max(), 1e-300)
+    with redirected(STDOUT, None):
+        relaxed = scipy.optimize.linprog(
+            program.loss / scale, program.rows, program.most, program.one_each, np.ones(len(program.starts) - 1)
+        )
+    every = np.ones(len(program.loss), bool)
+    if relaxed.x is None:
+        return every
+    halves = [np.flatnonzero(relaxed.x[a:b] > ROUNDING).tolist() for a, b in itertools.pairwise(program.starts)]
+    if math.prod(map(len, halves)) > ROUNDED:
+        return every
+    totals = [program.total(plan) for plan in map(list, itertools.product(*halves)) if is_allowed(plan)]
+    if not totals:
+        return every
+    prices = scale * np.maximum(-relaxed.ineqlin.marginals, 0.0)
+    priced = program.loss + prices @ program.rows
+    least = np.minimum.reduceat(priced, program.starts[:-1])
+    paid = float(prices @ program.most)
+    bound, reached = float(least.sum()) - paid, min(totals)
+    return np.asarray(bound + priced - least[program.owner] <= reached + ROUNDING * (reached + abs(paid)), bool)
+
+
+def _picked(program: _Program, offered: NDArray[np.bool_]) -> NDArray[np.float64] | None:
     """Return HiGHS's answer, (n,) of 0 and 1, made of what is offered; None if there is none."""
     with redirected(STDOUT, None):  # HiGHS leaves debug prints there
         solved = scipy.optimize.milp(
-            loss / max(loss[offered].max(), 1e-300),
-            integrality=np.ones(len(loss)),
+            program.loss / max(program.loss[offered].max(), 1e-300),
+            integrality=np.ones(len(program.loss)),
             bounds=scipy.optimize.Bounds(0, offered.astype(float)),
-            constraints=limits,
+            constraints=[
+                scipy.optimize.LinearConstraint(program.one_each, 1, 1),
+                scipy.optimize.LinearConstraint(program.rows, -np.inf, program.most),
+            ],
             options={"mip_rel_gap": GAP},
         )
     found: NDArray[np.float64] | None = solved.x
     return found
-
-
-def _one_each(owner: NDArray[np.intp]) -> scipy.optimize.LinearConstraint:
-    places = owner, np.arange(len(owner))
-    return scipy.optimize.LinearConstraint(scipy.sparse.csr_array((np.ones(len(owner)), places)), 1, 1)
-
-
-def _within(costs: NDArray[np.float64], budgets: Sequence[int]) -> Iterator[scipy.optimize.LinearConstraint]:
-    for cost, budget in zip(costs, budgets, strict=True):
-        scale = max(abs(budget), 1e-3 * np.abs(cost).max(initial=0.0), 1)  # it may be next to nothing, or below
-        yield scipy.optimize.LinearConstraint(cost[None, :] / scale, -np.inf, budget / scale)
-
-
-def _other_than(plan: Sequence[int], starts: NDArray[np.int64]) -> scipy.optimize.LinearConstraint:
-    cut = np.zeros((1, int(starts[-1])))
-    cut[0, starts[:-1] + plan] = 1.0
-    return scipy.optimize.LinearConstraint(cut, -np.inf, len(plan) - 1)
