@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -38,10 +38,12 @@ ROUNDS = 4  # of correcting the limit by what the whole network takes
 CALIBRATIONS = 2  # of what layers take by what the whole network takes
 CLOSE = 0.97  # of the limit: what a plan leaves of it is not worth another round
 SECONDS = 3.0  # of timing a plan against the original
+ALIKE = 1.03  # two readings this close need no third
 WINDOWS = 5  # of time in which two models are held against each other
 LAYER_SECONDS = 0.8  # of timing it against itself without one of its layers
 CLEAR = 0.08  # of the original's latency: a layer that is predicted to save more pays without another look
-ENOUGH = 6  # layers in a row that pay: the others are predicted to pay more
+TOLD = 0.03  # of a plan's latency: less is not told from noise in LAYER_SECONDS
+SCATTER = 0.005  # of what two models that are equally fast differ by in SECONDS
 STEPS = 6  # of the bisection; the last halves an interval of 3 % of the latency
 CASCADES = 3  # plans that are fitted in full
 SEARCH_STEPS = STEPS + CASCADES  # at least
@@ -62,8 +64,12 @@ class EndToEnd:
         return rewrite(self._subject.view, self._subject.layers, factors, self._subject.ranks).model
 
     def ratio(self, plan: Plan) -> float:
-        """Return the plan's latency as a fraction of the original's."""
-        return self._against(self._subject.original, self.assembled(plan), SECONDS)
+        """Return the plan's latency as a fraction of the original's, by two readings that agree or three."""
+        models = self._subject.original, self.assembled(plan)
+        readings = [self._against(*models, SECONDS) for _ in range(2)]
+        if max(readings) > ALIKE * min(readings):
+            readings.append(self._against(*models, SECONDS))
+        return float(np.median(readings))
 
     def _against(self, one: onnx.ModelProto, other: onnx.ModelProto, seconds: float) -> float:
         """Return the second model's latency as a fraction of the first's: the median over a few windows of time.
@@ -79,33 +85,59 @@ class EndToEnd:
             ]
         return float(np.median([second / first for first, second in windows]))
 
-    def _is_idle(self, plan: Plan, trial: Plan) -> bool:
-        """Return whether a plan is no slower without a layer; noise has to say so twice."""
-        models = self.assembled(plan), self.assembled(trial)
-        return all(self._against(*models, LAYER_SECONDS) <= 1 for _ in range(2))
-
     def without_idle(self, plan: Plan, timing: Timing) -> Plan:
-        """Return a plan without the layers that do not make the network faster, the most doubtful asked first."""
+        """Return a plan without the layers that do not make the network faster.
+
+        What a layer of a large network saves is less than noise, what many of them save is not. So they are asked in
+        groups, those that are predicted to save least first, and what seemed idle is asked once more together.
+        """
         whole = timing.predict_ns(plan)
-        gains = {node: whole - timing.predict_ns(without(plan, node)) for node in plan.chosen}
-        clear, paying, current = -CLEAR * timing.before, 0, plan
-        for node in sorted(plan.chosen, key=lambda n: -gains[n]):
-            if gains[node] < clear or paying == ENOUGH:
-                break
-            if node in self._proven:
-                continue
-            trial = without(current, node)
-            if gains[node] >= 0 or self._is_idle(current, trial):
-                current, paying = trial, 0
-            else:
-                self._proven.add(node)
-                paying += 1
-        return current
+        saved = {node: timing.predict_ns(without(plan, [node])) - whole for node in plan.chosen}
+        current = without(plan, [node for node, ns in saved.items() if ns <= 0])
+        doubtful = [n for n in current.chosen if saved[n] < CLEAR * timing.before and n not in self._proven]
+        shares = {node: saved[node] / whole for node in sorted(doubtful, key=lambda n: saved[n])}
+        idle: list[str] = []
+        for group in together(shares):
+            idle += self._idle(without(current, idle), {node: shares[node] for node in group})
+        while idle and self._longer(current, idle, SECONDS) > SCATTER:
+            self._proven |= set(idle[len(idle) // 2 :])
+            idle = idle[: len(idle) // 2]
+        return without(current, idle)
+
+    def _longer(self, plan: Plan, nodes: Collection[str], seconds: float) -> float:
+        """Return by which share of its time a plan takes longer without some layers."""
+        return self._against(self.assembled(plan), self.assembled(without(plan, nodes)), seconds) - 1
+
+    def _idle(self, plan: Plan, shares: Mapping[str, float]) -> list[str]:
+        """Return which of some layers the plan is no slower without, given the share of its time that each saves.
+
+        Noise has to say so twice. A group that saves much less than predicted is asked in halves.
+        """
+        nodes, longer = list(shares), self._longer(plan, shares, LAYER_SECONDS)
+        if longer <= 0 and self._longer(plan, shares, LAYER_SECONDS) <= 0:
+            return nodes
+        expected = sum(shares.values())
+        if len(nodes) == 1 or expected < TOLD or longer >= expected / 2:
+            self._proven |= shares.keys()
+            return []
+        first, second = ({node: shares[node] for node in nodes[part::2]} for part in (0, 1))
+        idle = self._idle(plan, first)
+        return idle + self._idle(without(plan, idle), second)
 
 
-def without(plan: Plan, node: str) -> Plan:
-    """Return a plan with one layer left as it is."""
-    return Plan({other: candidate for other, candidate in plan.chosen.items() if other != node})
+def together(shares: Mapping[str, float]) -> list[list[str]]:
+    """Return the layers in groups, in order, which are each predicted to save what can be told from noise."""
+    groups: list[list[str]] = []
+    for node in shares:
+        if not groups or sum(shares[other] for other in groups[-1]) >= TOLD:
+            groups.append([])
+        groups[-1].append(node)
+    return groups
+
+
+def without(plan: Plan, nodes: Collection[str]) -> Plan:
+    """Return a plan with some layers left as they are."""
+    return Plan({node: candidate for node, candidate in plan.chosen.items() if node not in nodes})
 
 
 def stand_in(layer: Layer, candidate: Candidate) -> AnyFactors:
@@ -202,8 +234,6 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
         kept = plan if planner.has_other_limits else end_to_end.without_idle(plan, planner.timing)
         dense |= plan.chosen.keys() - kept.chosen.keys()
         real = end_to_end.ratio(kept) if kept.chosen else 1.0
-        if kept.chosen and real <= wanted:  # noise has to say so twice
-            real = max(real, end_to_end.ratio(kept))
         progress.step(f"{real:.3f} of the latency")
         nearest = min(nearest, real)
         if real <= wanted and given > loosest:
