@@ -126,10 +126,13 @@ class EndToEnd:
 
 
 def together(shares: Mapping[str, float]) -> list[list[str]]:
-    """Return the layers in groups, in order, which are each predicted to save what can be told from noise."""
+    """Return the layers in groups which are each predicted to save what can be told from noise, if there are enough.
+
+    ``shares`` rise. A layer that saves as much by itself hides no other one.
+    """
     groups: list[list[str]] = []
-    for node in shares:
-        if not groups or sum(shares[other] for other in groups[-1]) >= TOLD:
+    for node, share in shares.items():
+        if not groups or share >= TOLD or sum(shares[other] for other in groups[-1]) >= TOLD:
             groups.append([])
         groups[-1].append(node)
     return groups
