@@ -23,6 +23,7 @@ from onnx_lrs.planning.gate import Metric
 from onnx_lrs.planning.job import Job
 from onnx_lrs.planning.spectra import effective_ranks
 from onnx_lrs.progress import Progress, Silent
+from onnx_lrs.report.call import python_call
 from onnx_lrs.report.comparison import Comparison
 from onnx_lrs.report.result import Inspection, LayerInfo, Result, Totals
 
@@ -39,6 +40,7 @@ def compress(
     progress: Progress | None = None,
     executor: Executor | None = None,
     metric: Metric | None = None,
+    call: str | None = None,
 ) -> Result:
     """Make a model smaller and faster by low-rank + structured sparse weights.
 
@@ -65,11 +67,13 @@ def compress(
     executor : concurrent.futures.Executor, optional
         Solves layers side by side, in place of the ``config.jobs`` threads of this process: threads, processes or a
         cluster (dask's ``client.get_executor()``). The file is the same, to the byte. It is not shut down.
-
     metric : callable, optional
         What ``max_drop`` limits instead of accuracy or agreement: ``metric(predict, samples) -> float``, larger is
         better, and the drop is that of the original less that of the compressed model. ``predict`` takes a feed (dict
         of arrays) and returns the outputs by name; ``samples`` yields (numbers of the samples, feed).
+    call : str, optional
+        What a report names as the way to repeat the run, for programs that have a command line of their own. Default:
+        this call in Python, objects abbreviated.
 
     Returns
     -------
@@ -85,7 +89,11 @@ def compress(
     if budget is not None:
         settings = dataclasses.replace(settings, budget=budget)
     target = None if output is None else pathlib.Path(output)
-    return run(Job(model, target, Inputs(data, labels, test), settings, progress or Silent(), executor, metric))
+    if call is None:
+        named = {"data": data, "labels": labels, "test": test, "config": settings, "metric": metric}
+        call = python_call("compress", (model, output), named)
+    inputs = Inputs(data, labels, test)
+    return run(Job(model, target, inputs, settings, progress or Silent(), executor, metric, call))
 
 
 def compare(
@@ -95,6 +103,7 @@ def compare(
     labels: Any = None,
     config: CompareConfig | None = None,
     progress: Progress | None = None,
+    call: str | None = None,
 ) -> Comparison:
     """Time models against each other, and hold their outputs against the first one's where there is data.
 
@@ -115,11 +124,13 @@ def compare(
         Batches, providers, threads, how long, and what GPUs shall do.
     progress : Progress, optional
         Is told stages and steps; silent by default.
+    call : str, optional
+        What a report names as the way to repeat the comparison. Default: this call in Python, objects abbreviated.
 
     Returns
     -------
     Comparison
-        Medians, percentiles, ratios with intervals; ``to_json()``, ``to_csv()``, ``to_markdown()``.
+        Medians, percentiles, ratios with intervals; ``to_json()``, ``to_csv()``, ``to_markdown()``, ``to_html()``.
 
     Raises
     ------
@@ -128,7 +139,9 @@ def compare(
         that does not start (RuntimeEnvironmentError), data or a setting that does not fit.
     """
     settings = config or CompareConfig()
-    return run_comparison(Request(tuple(models), data, labels, settings, progress or Silent()))
+    if call is None:
+        call = python_call("compare", (list(models),), {"data": data, "labels": labels, "config": settings})
+    return run_comparison(Request(tuple(models), data, labels, settings, progress or Silent(), call))
 
 
 def inspect(

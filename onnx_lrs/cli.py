@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from onnx_lrs.config import GIB, LEAST_ROUNDS, Budget, CompareConfig, Config, Cu
 from onnx_lrs.errors import ConfigError, OnnxLrsError, OutputError
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.comparison import Comparison
+from onnx_lrs.report.record import write_text
 from onnx_lrs.report.result import Inspection, Result
 
 INTERRUPTED = 130
@@ -34,6 +36,7 @@ STDOUT = "-"
 NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
 
 TABLES = ("json", "csv", "markdown")  # what reports are written as, each a flag
+PAGE = "report"  # the flag of the page, which the library writes
 Report = Result | Inspection | Comparison
 Command = Callable[[argparse.Namespace, Config, Progress], Report]
 
@@ -188,7 +191,7 @@ def _compress_parser() -> argparse.ArgumentParser:
     _add_shape(data)
     _add_image_flags(parser)
     _add_fit(parser)
-    _add_output(parser)
+    _add_page(_add_output(parser))
     return parser
 
 
@@ -234,6 +237,7 @@ def _compare_parser() -> argparse.ArgumentParser:
     output = _add_output(parser)
     output.add_argument("--csv", metavar="FILE|-", help="write a line for each timing")
     output.add_argument("--markdown", metavar="FILE|-", help="write tables to paste")
+    _add_page(output)
     return parser
 
 
@@ -268,7 +272,7 @@ def _demo_parser() -> argparse.ArgumentParser:
     parser.set_defaults(default_budget=DEMO_BUDGET)
     _add_budget(parser, str(DEMO_BUDGET))
     _add_fit(parser)
-    _add_output(parser)
+    _add_page(_add_output(parser))
     return parser
 
 
@@ -404,6 +408,14 @@ def _add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return output
 
 
+def _add_page(output: argparse._ArgumentGroup) -> None:
+    output.add_argument(
+        "--report",
+        metavar="FILE",
+        help='write a page with tables and plots (HTML, one file); needs pip install "onnx-lrs[report]"',
+    )
+
+
 PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
     "compress": _compress_parser,
     "compare": _compare_parser,
@@ -493,10 +505,11 @@ def _check_files(args: argparse.Namespace) -> None:
         raise ConfigError("--labels was given without --data.", "Labels belong to samples: add --data PATH.")
     if given.get("output"):
         _refuse_same("-o", given, "output", ("data", "test", "labels"))
-    for name in TABLES:
+    written = (*TABLES, PAGE)
+    for name in written:
         if given.get(name) not in (None, STDOUT):
             _check_report(name, given)
-    _refuse_shared({name: given[name] for name in TABLES if given.get(name) is not None})
+    _refuse_shared({name: given[name] for name in written if given.get(name) is not None})
 
 
 def _refuse_shared(places: Mapping[str, str]) -> None:
@@ -538,7 +551,7 @@ def _compress(args: argparse.Namespace, config: Config, progress: Progress) -> R
     from onnx_lrs.api import compress
 
     sources = {name: getattr(args, name) for name in ("data", "labels", "test")}
-    return compress(args.model, args.output, **sources, config=config, progress=progress)
+    return compress(args.model, args.output, **sources, config=config, progress=progress, call=args.call)
 
 
 def _inspect(args: argparse.Namespace, config: Config, progress: Progress) -> Inspection:
@@ -550,14 +563,15 @@ def _inspect(args: argparse.Namespace, config: Config, progress: Progress) -> In
 def _demo(args: argparse.Namespace, config: Config, progress: Progress) -> Result:
     from onnx_lrs import demo
 
-    return demo.run(Path(args.output) if args.output else None, config, progress)
+    return demo.run(Path(args.output) if args.output else None, config, progress, args.call)
 
 
 def _compare(args: argparse.Namespace, config: Config, progress: Progress) -> Comparison:
     from onnx_lrs.api import compare
 
     settings = compare_config_from(args, config)
-    return compare(args.models, data=args.data, labels=args.labels, config=settings, progress=progress)
+    sources = {name: getattr(args, name) for name in ("data", "labels")}
+    return compare(args.models, **sources, config=settings, progress=progress, call=args.call)
 
 
 COMMANDS: Mapping[str, Command] = {"compress": _compress, "compare": _compare, "inspect": _inspect, "demo": _demo}
@@ -583,7 +597,9 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] =
     SystemExit
         From argparse: 2 for a bad command line, 0 for --help and --version.
     """
-    args = parse(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parse(given)
+    args.call = shlex.join(["onnx-lrs", *given])
     os.environ.setdefault(*NO_TELEMETRY)
     try:
         return _run(args, commands[args.command])
@@ -592,8 +608,10 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] =
         if error.remedy:
             _say(error.remedy)
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; nothing was written")
+    except KeyboardInterrupt as stop:
+        _say(f"interrupted; {str(stop) or 'nothing was written'}")
+        if str(stop):
+            return INTERRUPTED
         if getattr(args, "work", None):
             _say(f"The same command continues from what {args.work} holds.")
         elif hasattr(args, "work"):
@@ -671,29 +689,3 @@ def _write_line(text: str, stream: IO[str]) -> None:
         discard(stream)  # or Python tries again at exit and complains
         if not isinstance(error, BrokenPipeError):  # a reader (head, less) that has seen enough is no failure
             raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; a link is followed, a pipe or device is written to directly.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written; what was there before is untouched.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        target = path.resolve()
-        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"The report could not be written to {path}: {error.strerror or error}.",
-            "Check the folder's permissions and free space; the model file is not affected.",
-        ) from error

@@ -23,6 +23,7 @@ from onnx_lrs.graph.model import ModelSource
 from onnx_lrs.progress import Clock, Progress
 from onnx_lrs.report.comparison import Comparison, Timed
 from onnx_lrs.report.environment import accelerators, environment, processor
+from onnx_lrs.report.html import check_place, publish
 from onnx_lrs.report.notes import ASSUMED
 from onnx_lrs.runtime.compare import Course, Entrant, check_outputs, nodes_of, shared_inputs
 from onnx_lrs.runtime.ratios import LEVEL
@@ -31,13 +32,14 @@ from onnx_lrs.runtime.session import PROVIDERS, check_provider
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the caller asked for."""
+    """What the caller asked for; ``call`` repeats it."""
 
     models: Sequence[ModelSource]
     data: Any
     labels: Any
     config: CompareConfig
     progress: Progress
+    call: str = ""
 
 
 def compare(request: Request) -> Comparison:
@@ -56,11 +58,10 @@ def compare(request: Request) -> Comparison:
             compared = course.loaded()
         if samples is not None:  # before the timing: what does not fit together shows here
             with clock.stage("quality", course.quality_steps):
-                qualities = course.quality(labels)
-            compared = tuple(dataclasses.replace(m, quality=q) for m, q in zip(compared, qualities, strict=True))
+                compared = course.judged(compared, labels)
         with clock.stage("time", course.steps):
             timings, layers = course.timed()
-    return Comparison(
+    found = Comparison(
         models=compared,
         timings=timings,
         layers=layers,
@@ -70,7 +71,11 @@ def compare(request: Request) -> Comparison:
         environment=_environment(config),
         seconds=clock.total(),
         notes=tuple(_notes(timings, samples)),
+        call=request.call,
     )
+    if config.report is not None:
+        publish(pathlib.Path(config.report), found.to_html, request.progress)
+    return found
 
 
 def _environment(config: CompareConfig) -> dict[str, Any]:
@@ -88,6 +93,9 @@ def _check(request: Request) -> None:
         raise ConfigError("A comparison needs two models or more.", "onnx-lrs compare model.onnx small.onnx")
     if request.labels is not None and request.data is None:
         raise ConfigError("Labels were given without data.", "Labels belong to samples: give --data as well.")
+    if request.config.report is not None:
+        read = [pathlib.Path(source) for source in request.models if not isinstance(source, onnx.ModelProto)]
+        check_place(pathlib.Path(request.config.report), read)
 
 
 def _entrants(request: Request, folder: pathlib.Path) -> list[Entrant]:

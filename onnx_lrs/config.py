@@ -20,7 +20,7 @@ GIB = 1 << 30
 FAST_MULTIPLE, SMALL_MULTIPLE = 16, 8  # blocks of ONNX Runtime's convolutions (AVX-512); half of one
 # Settings that the statistics, curves and fits of layers do not depend on: how a result is reached, or which plan is
 # made of the same curves. A work folder serves all of them.
-UNDECIDING = ("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan")
+UNDECIDING = ("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan", "report")
 LIMITS = ("latency", "params", "macs", "size")
 Search = Literal["exhaustive", "heuristic", "default"]
 SEARCHES: tuple[Search, ...] = ("exhaustive", "heuristic", "default")
@@ -44,6 +44,17 @@ def available_threads() -> int:
 def _require(ok: bool, message: str, remedy: str = "") -> None:
     if not ok:
         raise ConfigError(message, remedy)
+
+
+def _take_paths(settings: object, names: tuple[str, ...]) -> None:
+    """Make texts of the paths among a record's settings."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            object.__setattr__(settings, name, os.fspath(value))
+            flag = f"--{name.replace('_', '-')}"
+            _require(os.fspath(value) != "", f"{flag} is empty.", f"Name a path, or leave {flag} out.")
+    _require(getattr(settings, "report", None) != "-", "--report -: the page goes into a file.", "Name the file.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +242,9 @@ class Config:
     work : path, optional
         A folder that keeps finished layers, so that the same call goes on after an interruption; it decides nothing
         else. None: nothing is kept.
+    report : path, optional
+        Where to write a page about the run (HTML); needs ``pip install "onnx-lrs[report]"``. The result holds more
+        then: the error curve of each layer, and what the plan would have lost at other budgets.
     """
 
     budget: Budget | None = None
@@ -256,14 +270,10 @@ class Config:
     plan: str | os.PathLike[str] | None = None
     dry_run: bool = False
     work: str | os.PathLike[str] | None = None
+    report: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("work", "latency_table", "plan"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, os.fspath(value))
-                flag = f"--{name.replace('_', '-')}"
-                _require(os.fspath(value) != "", f"{flag} is empty.", f"Name a path, or leave {flag} out.")
+        _take_paths(self, ("work", "latency_table", "plan", "report"))
         _require(isinstance(self.budget, Budget | None), f"budget is {self.budget!r}.", "Write Budget(params=0.5).")
         _require(
             not isinstance(self.exclude, str),
@@ -382,6 +392,8 @@ class CompareConfig:
     profile : bool
         Time every node as well, and add them up by the layers of the first model. On the CPU only: ONNX Runtime's
         profiler tells how long the host took to launch a kernel on CUDA, and TensorRT makes one node of many layers.
+    report : path, optional
+        Where to write a page about the comparison (HTML); needs ``pip install "onnx-lrs[report]"``.
 
     Raises
     ------
@@ -400,8 +412,10 @@ class CompareConfig:
     io_binding: bool | None = None
     cuda: CudaOptions = dataclasses.field(default_factory=CudaOptions)
     profile: bool = False
+    report: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        _take_paths(self, ("report",))
         _require(bool(self.providers), "--provider is empty.", "Give one or more, with commas between.")
         for name, values in (("batch", self.batches), ("provider", self.providers)):
             _require(len(set(values)) == len(values), f"--{name} names one twice: {', '.join(map(str, values))}.")

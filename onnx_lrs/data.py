@@ -104,6 +104,11 @@ class Store(Protocol):
         """Release files."""
 
 
+def _nameless(row: int) -> str:
+    """Return no name."""
+    return ""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
     """Calibration items with random access; close them, or use them as a context manager.
@@ -124,6 +129,8 @@ class Samples:
         The effective image preprocessing; None if there was none.
     guessed : bool
         Images were preprocessed, and nobody named how.
+    name_of : callable
+        The name of a row: the path of an image within its folder; empty where rows have none.
     """
 
     store: Store
@@ -133,6 +140,7 @@ class Samples:
     class_names: tuple[str, ...] = ()
     preprocess: Preprocess | None = None
     guessed: bool = False
+    name_of: Callable[[int], str] = _nameless
 
     def __len__(self) -> int:
         return len(self.store)
@@ -155,6 +163,15 @@ class Samples:
         """Return the length of one item along axis 0."""
         _check_index(index, len(self))
         return self.store.rows(index)
+
+    def thumbnail(self, index: int, row: int) -> bytes:
+        """Return a row of an item as a small JPEG: its first input that is a picture; empty where there is none."""
+        for values in self.item(index).values():
+            if values.ndim == 4 and row < len(values):
+                found = images.thumbnail(values[row], self.preprocess)
+                if found:
+                    return found
+        return b""
 
     @property
     def row_count(self) -> int:
@@ -294,7 +311,9 @@ def _open_folder(folder: Path, inputs: Sequence[TensorSpec], preprocess: Preproc
     classes = images.class_folders(folder)
     numbers = {name: number for number, name in enumerate(classes)}
     homes = [file.relative_to(folder).parts for file in files]
-    origin = _Origin(f"folder {folder}{os.sep}", unit="images")
+    origin = _Origin(
+        f"folder {folder}{os.sep}", unit="images", name_of=lambda row: files[row].relative_to(folder).as_posix()
+    )
     if classes and all(len(parts) > 1 for parts in homes):
         labels = np.array([numbers[parts[0]] for parts in homes], np.int64)
         origin = dataclasses.replace(origin, labels=labels, class_names=classes)
@@ -382,6 +401,7 @@ class _Origin:
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     close: Callable[[], None] = _nothing
+    name_of: Callable[[int], str] = _nameless
 
 
 class _Column(Protocol):
@@ -588,6 +608,7 @@ def _cut_into_items(
         class_names=origin.class_names,
         preprocess=plans[0].preprocess if plans else None,
         guessed=bool(plans) and not images.is_named(preprocess),
+        name_of=origin.name_of,
     )
 
 

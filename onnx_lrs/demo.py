@@ -28,8 +28,11 @@ def folder() -> pathlib.Path:
     raise ModelError("The demo's model is missing from this installation.", "pip install --force-reinstall onnx-lrs")
 
 
-def run(output: pathlib.Path | None, config: Config, progress: Progress) -> Result:
-    """Compress the shipped LeNet-5, calibrated on 1,000 training digits and judged on 1,000 test digits with labels."""
+def run(output: pathlib.Path | None, config: Config, progress: Progress, call: str | None = None) -> Result:
+    """Compress the shipped LeNet-5, calibrated on 1,000 training digits and judged on 1,000 test digits with labels.
+
+    ``call`` is what a report names as the way to repeat it.
+    """
     place = folder()
     with np.load(place / "digits.npz", allow_pickle=False) as digits:
         calibration, test, labels = (digits[key] for key in ("calibration", "test", "test_labels"))
@@ -45,4 +48,5 @@ def run(output: pathlib.Path | None, config: Config, progress: Progress) -> Resu
         test=as_input(test),
         config=config,
         progress=progress,
+        call=call,
     )

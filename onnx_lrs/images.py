@@ -10,6 +10,7 @@ Sizes are (height, width) everywhere; Pillow's own (width, height) stays inside 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import struct
 import zlib
@@ -32,6 +33,9 @@ CHANNEL_COUNTS = (1, 3)
 PIXEL_VALUES = 256
 # torchvision's and timm's evaluation recipe for ImageNet: 224 is cropped out of 256.
 IMAGENET_CROP_SHARE = 0.875
+THUMBNAIL = 64  # pixels of the longer side
+THUMBNAIL_SIDE, THUMBNAIL_ASPECT = 8, 4  # at least, at most: beyond that it is no picture to look at
+THUMBNAIL_QUALITY = 80  # of JPEG: about 2 kB a picture
 EXIF_ORIENTATION = 0x0112
 EXIF_TURNED = (5, 6, 7, 8)
 # What Pillow raises on damaged or hostile files; OSError includes UnidentifiedImageError.
@@ -401,6 +405,46 @@ def _finish(pixels: np.ndarray, plan: ImagePlan, where: str) -> np.ndarray:
     for channel, values in enumerate(plan.table):
         np.take(values, cropped[:, :, channel], out=planes[0, channel], mode="clip")
     return planes if settings.layout == "NCHW" else np.ascontiguousarray(np.moveaxis(planes, 1, 3))
+
+
+def thumbnail(values: np.ndarray, preprocess: Preprocess | None) -> bytes:
+    """Return one row of an input as a small JPEG; empty where it is no picture.
+
+    With ``preprocess`` its pixels are what they were; without, the smallest value is black and the largest white.
+
+    Parameters
+    ----------
+    values : ndarray, shape (channels, height, width) or (height, width, channels)
+        What the model is fed.
+    preprocess : Preprocess, optional
+        The settled settings that made it of an image.
+    """
+    layout = input_layout((None, *values.shape), preprocess)
+    if layout is None or values.dtype.kind not in "fu":
+        return b""
+    planes = np.moveaxis(values, 0, 2) if layout == "NCHW" else values
+    height, width, depth = planes.shape
+    sides = sorted((height, width))
+    if depth not in CHANNEL_COUNTS or sides[0] < THUMBNAIL_SIDE or sides[1] > THUMBNAIL_ASPECT * sides[0]:
+        return b""
+    pixels = _as_pixels(planes.astype(np.float64), preprocess)
+    picture = Image.fromarray(pixels[:, :, 0] if depth == 1 else pixels)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=THUMBNAIL_QUALITY)
+    return file.getvalue()
+
+
+def _as_pixels(planes: np.ndarray, preprocess: Preprocess | None) -> np.ndarray:
+    """Return values (H, W, C) as uint8 pixels in RGB or grey."""
+    if preprocess is None:
+        low, high = float(planes.min()), float(planes.max())
+        planes = (planes - low) * ((PIXEL_VALUES - 1) / (high - low) if high > low else 0.0)
+    else:
+        planes = (planes * np.asarray(preprocess.std) + np.asarray(preprocess.mean)) / preprocess.scale
+        if preprocess.channels == "BGR":
+            planes = planes[:, :, ::-1]
+    return np.ascontiguousarray(planes.round().clip(0, PIXEL_VALUES - 1), np.uint8)
 
 
 def describe(plan: ImagePlan) -> str:

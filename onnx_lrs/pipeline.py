@@ -25,14 +25,16 @@ from onnx_lrs.graph.rewrite import Rewritten, rewrite
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import Fitted
 from onnx_lrs.planning.course import Outcome, plan_and_fit
+from onnx_lrs.planning.front import pareto
 from onnx_lrs.planning.guarantee import Promise
 from onnx_lrs.planning.job import Job
 from onnx_lrs.planning.plan import limits_of
 from onnx_lrs.planning.plan_file import write_plan
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.progress import Clock
-from onnx_lrs.report.environment import arithmetic, environment, peak_memory_bytes, versions
-from onnx_lrs.report.layers import layer_results, skipped_layers
+from onnx_lrs.report.environment import arithmetic, environment, peak_memory_bytes, processor, versions
+from onnx_lrs.report.html import check_place, publish
+from onnx_lrs.report.layers import layer_results, skipped_layers, with_curves
 from onnx_lrs.report.notes import (
     ELEMENT_METHODS,
     closing_notes,
@@ -45,16 +47,20 @@ from onnx_lrs.report.notes import (
 )
 from onnx_lrs.report.result import (
     Certificate,
+    Changes,
+    LayerResult,
     Optimised,
     OutputQuality,
+    Pareto,
     Result,
     Totals,
     ratio_of,
 )
+from onnx_lrs.runtime.examples import told
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.optimised import look_at_both
 from onnx_lrs.runtime.session import Feed, Session, check_provider, is_mapped
-from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_outputs
+from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_answers
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Status
 from onnx_lrs.solvers.problem import Columns, ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors
 from onnx_lrs.work import Identity, Work, refuse_file
@@ -70,7 +76,14 @@ def compress(job: Job) -> Result:
     """Run the whole way; see :func:`onnx_lrs.compress`."""
     job = _settled(job)
     check_request(job)
-    clock = Clock(job.progress)
+    found = _run(job, Clock(job.progress))
+    if job.config.report is not None:
+        written = "" if found.output is None else f"{found.output} was already written"
+        publish(pathlib.Path(job.config.report), found.to_html, job.progress, written)
+    return found
+
+
+def _run(job: Job, clock: Clock) -> Result:
     with contextlib.ExitStack() as stack:
         with clock.stage("load"):
             original = models.load(job.source)
@@ -92,7 +105,7 @@ def compress(job: Job) -> Result:
         if verdict.unchanged:
             outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=(), plan=Plan({}))
             rewritten = Rewritten(original, {})
-        layers = layer_results(subject, rewritten, outcome, known=material.samples is not None)
+        layers, curve = _layers(job, subject, rewritten, outcome, material.samples is not None)
         after = _write(job, rewritten.model, verdict.after, bool(outside), clock)
         model = _handed_over(job, rewritten.model)
         _write_plan(job, subject, outcome, verdict)
@@ -106,7 +119,7 @@ def compress(job: Job) -> Result:
         layers=layers,
         skipped=skipped_layers(subject),
         settings=_effective(job.config, material).to_dict(),
-        environment=environment(verdict.provider, job.config.threads, job.config.seed),
+        environment=environment(verdict.provider, job.config.threads, job.config.seed) | {"cpu": processor()},
         seconds=clock.total(),
         profile=clock.timer.rounded(),
         peak_memory_bytes=peak_memory_bytes(),
@@ -116,6 +129,9 @@ def compress(job: Job) -> Result:
         search=outcome.steps,
         unchanged=verdict.unchanged,
         dry_run=job.config.dry_run,
+        changes=verdict.changes,
+        pareto=curve,
+        call=job.call,
         notes=(
             *notes,
             *outcome.notes,
@@ -128,6 +144,20 @@ def compress(job: Job) -> Result:
         ),
         model=model,
     )
+
+
+def _layers(
+    job: Job, subject: Subject, rewritten: Rewritten, outcome: Outcome, known: bool
+) -> tuple[tuple[LayerResult, ...], Pareto | None]:
+    """Return what became of the layers; for a report with what each was offered and what other budgets had cost.
+
+    ``known`` says whether there are samples that errors were measured on. Without a plan there is no more to tell.
+    """
+    layers = layer_results(subject, rewritten, outcome, known)
+    if job.config.report is None or outcome.plan is None or not outcome.curves:
+        return layers, None
+    curve = pareto(subject, outcome.curves, outcome.plan, job.budget, outcome.timing)
+    return with_curves(subject, layers, outcome), curve
 
 
 def _told(job: Job, notes: list[str]) -> list[str]:
@@ -211,6 +241,10 @@ def check_request(job: Job) -> None:
 
 def _check_files(job: Job) -> None:
     """Refuse files beside the model that could not be written at the end, or that would replace it."""
+    if job.config.report is not None:
+        others = [None if isinstance(job.source, onnx.ModelProto) else job.source, job.output]
+        others += [job.config.plan, job.config.latency_table]
+        check_place(pathlib.Path(job.config.report), [pathlib.Path(other) for other in others if other is not None])
     for flag, name in (("--plan", job.config.plan), ("--latency-table", job.config.latency_table)):
         if name is None:
             continue
@@ -368,6 +402,7 @@ class Verdict:
     certificate: Certificate | None = None
     optimised: Optimised | None = None
     unchanged: str = ""
+    changes: tuple[Changes, ...] | None = None
 
 
 def _judge(
@@ -392,12 +427,14 @@ def _judge(
             stack.enter_context(Session(subject.original, config.threads, mapped, config.provider)),
             stack.enter_context(Session(model, config.threads, mapped, config.provider)),
         )
-        quality, certificate = None, None
+        quality, certificate, changes = None, None, None
         batching = (subject.batch, subject.dynamic_batch)
         if config.dry_run:
             pass  # its weights are random
         elif material.judge is not None:
-            quality = compare_outputs(sessions, material.judge, items, material.labels, batching, job.progress)
+            judge, labels = material.judge, material.labels
+            quality, changes = compare_answers(sessions, judge, items, labels, batching, job.progress)
+            changes = told(changes, judge, labels, pictures=config.report is not None)
         else:
             _check_finite(sessions, subject)
         if isinstance(outcome.promised, Promise) and material.samples is not None:
@@ -407,10 +444,10 @@ def _judge(
     after = Totals(
         models.weight_count(model), sum(macs_by_node(view, shapes).values()), models.stored_bytes(model), fast
     )
-    verdict = Verdict(before, after, quality, sessions[1].provider, certificate, optimised)
+    verdict = Verdict(before, after, quality, sessions[1].provider, certificate, optimised, changes=changes)
     reason = _why_unchanged(job, outcome, before, after)
     if reason:
-        return dataclasses.replace(verdict, after=before, quality=None, optimised=None, unchanged=reason)
+        return dataclasses.replace(verdict, after=before, quality=None, optimised=None, unchanged=reason, changes=None)
     if not job.replays:
         _check_budget(job.budget, before, after)
     return verdict

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from onnx_lrs.config import Budget, Config
-from onnx_lrs.report import console as shown
+from onnx_lrs.report import words
 from onnx_lrs.report.console import ConsoleProgress, print_inspection, print_result
 from onnx_lrs.report.result import (
     Form,
@@ -213,7 +213,7 @@ def test_many_reasons_are_cut_short():
 
 
 @pytest.mark.parametrize(
-    ("form", "words"),
+    ("form", "figures"),
     [
         ("dense", "dense"),
         ("low-rank", "low-rank 64"),
@@ -226,9 +226,9 @@ def test_many_reasons_are_cut_short():
         ("low-rank + elements", "low-rank 64 + elements 5.00 %"),
     ],
 )
-def test_a_form_is_shown_with_its_figures(form, words):
+def test_a_form_is_shown_with_its_figures(form, figures):
     text = render(typical(layers=(layer(0, form, name="c"),), skipped=()), width=100)
-    assert re.search(rf"Conv 512x256x3x3  {re.escape(words)}  ", text)
+    assert re.search(rf"Conv 512x256x3x3  {re.escape(figures)}  ", text)
 
 
 def test_what_onnxruntime_fuses_is_a_line_and_by_name_what_compression_left_alone():
@@ -296,8 +296,8 @@ def test_a_long_path_stays_in_one_piece():
 
 def test_an_inspection_says_what_is_there():
     text = flat(render(inspection()))
-    for words in ("m.onnx", "opset 17, IR version 8", "pytorch 2.1", "image float32 [N,3,32,32]", "431 k", "15.2 M"):
-        assert words in text
+    for told in ("m.onnx", "opset 17, IR version 8", "pytorch 2.1", "image float32 [N,3,32,32]", "431 k", "15.2 M"):
+        assert told in text
     assert "File size 1.72 MB" in text
     assert "Conv 64x32x3x3" in text
     assert "no: grouped" in text
@@ -338,16 +338,16 @@ def test_an_inspection_of_nothing():
     ],
 )
 def test_counts(value, text):
-    assert shown._count(value) == text
+    assert words.count(value) == text
 
 
 def test_bytes_are_decimal():
-    assert [shown._bytes(n) for n in (12, 1_724_000, 46_800_000)] == ["12 B", "1.72 MB", "46.8 MB"]
+    assert [words.byte_count(n) for n in (12, 1_724_000, 46_800_000)] == ["12 B", "1.72 MB", "46.8 MB"]
 
 
 @given(st.integers(0, 10**15))
 def test_a_count_is_within_half_a_percent(value):
-    number, _, prefix = shown._count(value).partition(" ")
+    number, _, prefix = words.count(value).partition(" ")
     scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[prefix]
     assert float(number) * scale == pytest.approx(value, rel=0.00501)
 
@@ -357,18 +357,18 @@ def test_a_count_is_within_half_a_percent(value):
     [(2.0, "2.00x up"), (0.5, "2.00x down"), (1.0, "same"), (0.999, "same"), (None, "-"), (math.nan, "-"), (0.0, "-")],
 )
 def test_changes_in_words(ratio, text):
-    assert shown._change(ratio, "up", "down") == text
+    assert words.change(ratio, "up", "down") == text
 
 
 def test_times():
-    assert [shown._milliseconds(v) for v in (0.0421, 1.234, 12.34, 1234.5, None)] == [
+    assert [words.milliseconds(v) for v in (0.0421, 1.234, 12.34, 1234.5, None)] == [
         "0.042 ms",
         "1.23 ms",
         "12.3 ms",
         "1234 ms",
         "-",
     ]
-    assert [shown._seconds(v) for v in (0.04, 119.0, 125.9)] == ["0.0 s", "119.0 s", "2 min 5 s"]
+    assert [words.seconds(v) for v in (0.04, 119.0, 125.9)] == ["0.0 s", "119.0 s", "2 min 5 s"]
 
 
 # ------------------------------------------------------------------------------------------------------ progress

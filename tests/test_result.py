@@ -17,12 +17,17 @@ from onnx_lrs.report import result as records
 from onnx_lrs.report.comparison import ComparedModel, Comparison, LayerTime, Timed
 from onnx_lrs.report.result import (
     Certificate,
+    ChangedAnswer,
+    Changes,
+    CurvePoint,
     Inspection,
     LayerInfo,
     LayerResult,
     Optimised,
     OptimisedGraph,
     OutputQuality,
+    Pareto,
+    ParetoPoint,
     Ratio,
     Result,
     SearchStep,
@@ -33,7 +38,7 @@ from onnx_lrs.report.result import (
 
 PAGE = (Path(__file__).parent.parent / "docs" / "result.md").read_text(encoding="utf-8")
 RECORDS = [Result, Certificate, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
-RECORDS += [Optimised, OptimisedGraph, SearchStep]
+RECORDS += [Optimised, OptimisedGraph, SearchStep, Changes, ChangedAnswer, Pareto, ParetoPoint, CurvePoint]
 COMPARED = [Comparison, ComparedModel, Timed, LayerTime]
 
 
@@ -41,6 +46,7 @@ def full_result() -> Result:
     before, after = Totals(1000, 2000, 4000, 3.0), Totals(500, 0, 2000, 1.5)
     graph = OptimisedGraph({"com.microsoft.nchwc.Conv": 1}, 1, 1, 2, 1, 0, ("relu",), ("c.sum",))
     layer = LayerResult("c", "Conv", (8, 4, 3, 3), "low-rank", 2, 0, 0, 4, 8, 8, 288, 88, 900, 400, math.inf)
+    layer = dataclasses.replace(layer, curve=(CurvePoint("low-rank", 2, 0, 0, 88, math.nan, True),))
     return Result(
         input="a.onnx",
         output=None,
@@ -57,6 +63,9 @@ def full_result() -> Result:
         notes=("One.", "Two."),
         search=(SearchStep(0.5, 0.45, math.nan, "accuracy", "alone", False),),
         optimised=Optimised(graph, dataclasses.replace(graph, elsewhere=None)),
+        changes=(Changes("y", 1, 1, 0, (ChangedAnswer(3, "a.png", 0, 1, 0, (2.0, 1.0), (1.0, math.inf), "cat"),)),),
+        pareto=Pareto("params", 0.5, (ParetoPoint(0.4, 0.02, 1),), None),
+        call="onnx-lrs a.onnx",
         model=object(),  # type: ignore[arg-type]
     )
 
@@ -98,8 +107,13 @@ def test_nested_records_keep_every_field():
     assert full_inspection().to_dict()["layers"][0]["reason"] is None
 
 
-def test_the_model_is_not_in_the_json():
-    assert "model" not in full_result().to_dict()
+def test_models_and_pictures_are_not_in_the_json():
+    result = full_result()
+    (changes,) = result.changes
+    pictured = dataclasses.replace(changes.examples[0], thumbnail=b"a picture")
+    plain = dataclasses.replace(result, changes=(dataclasses.replace(changes, examples=(pictured,)),)).to_dict()
+    assert "model" not in plain
+    assert plain == result.to_dict()
 
 
 @given(st.floats(), st.floats())

@@ -42,6 +42,49 @@ def allocate(layers: Sequence[Sequence[Choice]], budgets: Sequence[int]) -> list
     return None if chosen is None else [kept[c] for kept, c in zip(useful, chosen, strict=True)]
 
 
+def supported(layers: Sequence[Sequence[Choice]], most: int) -> list[list[int]]:
+    """Return plans that are best at some price of a unit of the first cost, from the cheapest to that of least loss.
+
+    These are the plans on the lower convex hull of loss over cost: from the cheapest choices on, the step of one layer
+    that saves the most loss a unit of cost comes first. No knapsack is solved. At most so many, spread evenly along
+    the steps; each plan is the index of the chosen :class:`Choice` of each layer.
+    """
+    hulls = [_hull(own) for own in layers]
+    steps = [
+        ((own[a].loss - own[b].loss) / (own[b].costs[0] - own[a].costs[0]), number, b)
+        for number, (own, hull) in enumerate(zip(layers, hulls, strict=True))
+        for a, b in itertools.pairwise(hull)
+    ]
+    steps.sort(key=lambda step: -step[0])  # of one layer they fall along its hull, so they stay in order
+    chosen = [hull[0] for hull in hulls]
+    stops = set(np.linspace(0, len(steps), min(most, len(steps) + 1)).round().astype(int).tolist())
+    found = [list(chosen)] if 0 in stops else []
+    for done, (_, number, index) in enumerate(steps, start=1):
+        if layers[number][index].loss < layers[number][chosen[number]].loss:  # slopes may be equal but for rounding
+            chosen[number] = index
+        if done in stops:
+            found.append(list(chosen))
+    return found
+
+
+def _hull(layer: Sequence[Choice]) -> list[int]:
+    """Return the choices on the lower convex hull of loss over the first cost, by rising cost and falling loss."""
+    kept: list[int] = []
+    for i in sorted(range(len(layer)), key=lambda i: (layer[i].costs[0], layer[i].loss)):
+        if kept and layer[i].loss >= layer[kept[-1]].loss:
+            continue
+        while len(kept) > 1 and _is_above(*(layer[k] for k in (kept[-2], kept[-1], i))):
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def _is_above(left: Choice, middle: Choice, right: Choice) -> bool:
+    """Return whether the middle one is on or above the line between the others."""
+    first = (middle.loss - left.loss) * (right.costs[0] - left.costs[0])
+    return first >= (right.loss - left.loss) * (middle.costs[0] - left.costs[0])
+
+
 def _undominated(layer: Sequence[Choice]) -> list[int]:
     """Return the choices that no other one beats in every cost and in loss, by rising cost."""
     costs = np.array([c.costs for c in layer], np.int64).reshape(len(layer), -1)

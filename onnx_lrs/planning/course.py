@@ -69,7 +69,7 @@ class Outcome:
 
     ``cascaded``: behind compressed layers, where a damping of None says that new weights were no better. ``plan`` is
     what was carried out, None for a gain; ``timing`` what its latency was predicted with, where latency decides.
-    ``nothing`` says why a search found no plan.
+    ``nothing`` says why a search found no plan, ``curves`` what the layers were offered.
     """
 
     fitted: dict[str, Fitted]
@@ -82,6 +82,7 @@ class Outcome:
     nothing: str = ""
     gate: Gate | None = None
     notes: tuple[str, ...] = ()
+    curves: Curves = dataclasses.field(default_factory=dict)
 
     def predicted_ms(self, before: Totals) -> float | None:
         """Return what the whole model is predicted to take beside what the original took, where latency decides."""
@@ -212,7 +213,7 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
         kept = work.get(PLAN, str(job.budget))
         if kept is None:
             kept = work.put(PLAN, str(job.budget), dict(Planner(subject, curves, job.budget).plan().chosen))
-        return Outcome({}, plan=Plan(kept))
+        return Outcome({}, plan=Plan(kept), curves=curves)
     # a plan that was timed or judged is not kept for a run that goes on: the judging samples are not part of what the
     # work folder is known by, and the machine may be another; what was fitted is kept
     timing = _timing(job, subject, feed)
@@ -220,7 +221,8 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
     with clock.stage("latency", timing.count):
         timing.prepare(curves, job.progress)
     try:
-        return _chosen(job, material, Planner(subject, curves, job.budget, timing), fitter, clock)
+        outcome = _chosen(job, material, Planner(subject, curves, job.budget, timing), fitter, clock)
+        return dataclasses.replace(outcome, curves=curves)
     finally:
         if asked and job.config.latency_table is not None:
             timing.table.write(pathlib.Path(job.config.latency_table))

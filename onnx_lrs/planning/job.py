@@ -15,7 +15,7 @@ from onnx_lrs.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the caller asked for."""
+    """What the caller asked for; ``call`` repeats it, as a command line or as Python."""
 
     source: ModelSource
     output: pathlib.Path | None
@@ -24,6 +24,7 @@ class Job:
     progress: Progress
     executor: Executor | None = None
     metric: Metric | None = None
+    call: str = ""
 
     @property
     def budget(self) -> Budget:

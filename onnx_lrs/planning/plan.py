@@ -15,7 +15,7 @@ from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.rewrite import alive_outputs
-from onnx_lrs.planning.allocate import Choice, allocate
+from onnx_lrs.planning.allocate import Choice, allocate, supported
 from onnx_lrs.planning.candidates import Question, candidates_and_probes
 from onnx_lrs.planning.prices import CHANNELS, Alive, Macs, Params, Plan, Price, Size, alive_after, reads_of, saved
 from onnx_lrs.planning.sensitivity import Kind, Law, Points, Probe, kind_of, laws
@@ -225,6 +225,30 @@ class Desk:
             chosen = [int(np.argmin([np.dot(choice.costs, weights) for choice in own])) for own in choices]
         return self._solved([some[c] for some, c in zip(offered, chosen, strict=True)])
 
+    def along(self, plan: Plan, most: int) -> list[Solved]:
+        """Return plans from the smallest to the one of least loss, by what they really cost; see allocate.supported.
+
+        They come from three kinds of costs, at most so many from each: of layers alone, of kept channels alone, and
+        those that hold beside ``plan``.
+        """
+        every = [list(range(len(options))) for options in self._options]
+        narrow = [[i for i in some if _is_narrowing(o[i])] for some, o in zip(every, self._options, strict=True)]
+        offers = [(self._choices, every)]
+        if self._is_coupled:
+            offers += [(self._choices, narrow), (self._choices_beside(plan), every)]
+        found = []
+        for choices, offered in offers:
+            own = [[of[i] for i in some] for of, some in zip(choices, offered, strict=True)]
+            found += [
+                self._solved([some[c] for some, c in zip(offered, picked, strict=True)])
+                for picked in supported(own, most)
+            ]
+        return found
+
+    def cost(self, solved: Solved) -> int:
+        """Return what the whole model costs with a plan under the first limit."""
+        return solved.spent[0] + self._limits[0].most - self._room[0]
+
     def is_within(self, solved: Solved) -> bool:
         """Return whether a plan keeps to the limits by what it really costs."""
         return all(spent <= most for spent, most in zip(solved.spent, self._room, strict=True))
@@ -265,14 +289,7 @@ class Desk:
         Where several layers change at once what they save each other is another, so the real cost is looked at, and
         what is too much is taken from the limits.
         """
-        context = solved.plan, alive_after(self._subject, solved.plan), reads_of(solved.plan)
-        choices = [
-            [
-                Choice(self._beside(layer, candidate, choice.costs, context), choice.loss)
-                for candidate, choice in zip(options, own, strict=True)
-            ]
-            for layer, options, own in zip(self._layers, self._options, self._choices, strict=True)
-        ]
+        choices = self._choices_beside(solved.plan)
         counted = _counted(choices, solved.chosen)
         given = [most - real + own for most, real, own in zip(self._room, solved.spent, counted, strict=True)]
         for _ in range(SHRINKS):
@@ -286,6 +303,17 @@ class Desk:
             counted = _counted(choices, chosen)
             given = [min(g, c - o) if o > 0 else g for g, c, o in zip(given, counted, over, strict=True)]
         return None
+
+    def _choices_beside(self, plan: Plan) -> list[list[Choice]]:
+        """Return the choices of all layers with the costs that they have in a plan."""
+        context = plan, alive_after(self._subject, plan), reads_of(plan)
+        return [
+            [
+                Choice(self._beside(layer, candidate, choice.costs, context), choice.loss)
+                for candidate, choice in zip(options, own, strict=True)
+            ]
+            for layer, options, own in zip(self._layers, self._options, self._choices, strict=True)
+        ]
 
     def _beside(
         self, layer: Layer, candidate: Candidate | None, costs: Sequence[int], context: tuple[Plan, Alive, Reads]
@@ -340,6 +368,11 @@ def _choices(layer: Layer, candidates: Sequence[Candidate], limits: Sequence[Lim
     """Return the layer's choices, dense first, each with its costs."""
     dense = Choice(tuple(limit.price.dense(layer) for limit in limits), 0.0)
     return [dense, *(Choice(tuple(x.price.of(layer, c) for x in limits), _loss(c)) for c in candidates)]
+
+
+def loss_of(plan: Plan) -> float:
+    """Return what a plan loses: the sum over its layers."""
+    return sum(_loss(candidate) for candidate in plan.chosen.values())
 
 
 def _loss(candidate: Candidate) -> float:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from onnx_lrs.report.record import Report
-from onnx_lrs.report.result import OutputQuality
+from onnx_lrs.report.result import Changes, OutputQuality
+from onnx_lrs.report.words import said
 
 SCHEMA = 1
 Verdict = Literal["first", "faster", "slower", "cannot tell"]
@@ -22,7 +23,8 @@ class ComparedModel:
     ``load_ms`` and ``peak_memory_bytes`` are those of a process of its own that loads the model from its file on the
     first provider and runs it on the first batch; the memory is that of the whole process, of which
     ``idle_memory_bytes`` were there before: Python and ONNX Runtime. Memory of a GPU is not in it; None where the
-    system does not tell. ``quality`` holds its outputs against the first model's, None for that one and without data.
+    system does not tell. ``quality`` holds its outputs against the first model's, None for that one and without data;
+    ``changes`` tells which samples have another class there.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ComparedModel:
     peak_memory_bytes: int | None
     idle_memory_bytes: int | None
     quality: tuple[OutputQuality, ...] | None = None
+    changes: tuple[Changes, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,10 @@ class LayerTime:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Report):
-    """The outcome of :func:`onnx_lrs.compare`; ``data`` says what the models ran on."""
+    """The outcome of :func:`onnx_lrs.compare`.
+
+    ``data`` says what the models ran on, ``call`` repeats the comparison as a command line or a Python call.
+    """
 
     models: tuple[ComparedModel, ...]
     timings: tuple[Timed, ...]
@@ -91,6 +97,7 @@ class Comparison(Report):
     environment: dict[str, Any]
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
+    call: str = ""
     schema: int = SCHEMA
 
     def of(self, name: str) -> ComparedModel:
@@ -113,12 +120,25 @@ class Comparison(Report):
     def _lines(self) -> Iterator[dict[str, Any]]:
         for timed in self.timings:
             model = self.of(timed.model)
-            known = {
-                f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("name", "quality")
-            }
+            apart = ("name", "quality", "changes")
+            known = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in apart}
             quality = dataclasses.asdict(model.quality[0]) if model.quality else {}
             names = [f.name for f in dataclasses.fields(OutputQuality)]
             yield dataclasses.asdict(timed) | known | {f"output_{name}": quality.get(name) for name in names}
+
+    def to_html(self) -> str:
+        """Return a page about the comparison, one file without anything from outside; docs/report.md tells of it.
+
+        Raises
+        ------
+        ConfigError
+            If jinja2 or matplotlib are missing.
+        """
+        from onnx_lrs.report.comparison_page import content
+        from onnx_lrs.report.html import check_extra, page
+
+        check_extra()
+        return page("comparison.html", content(self))
 
     def to_markdown(self) -> str:
         """Return the timings and the models as Markdown tables, with the machine under them."""
@@ -192,15 +212,6 @@ class Comparison(Report):
 
 def _on(flag: bool) -> str:
     return "on" if flag else "off"
-
-
-def said(timed: Timed) -> str:
-    """Return the verdict in words."""
-    if timed.verdict == "faster":
-        return f"{1 / timed.ratio:.2f}x faster"
-    if timed.verdict == "slower":
-        return f"{timed.ratio:.2f}x slower"
-    return "" if timed.verdict == "first" else "too noisy to tell"
 
 
 def _markdown(header: list[str], body: list[list[str]]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -24,7 +23,8 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from onnx_lrs.report.comparison import Comparison, said
+from onnx_lrs.report import words
+from onnx_lrs.report.comparison import Comparison
 from onnx_lrs.report.result import Inspection, LayerInfo, LayerResult, Optimised, OutputQuality, Result
 
 REPORT_WIDTH = 100
@@ -32,7 +32,6 @@ SUMMARY_LAYERS = 8
 SUMMARY_REASONS = 8
 SUMMARY_NODES = 3
 INSPECTED_LAYERS = 20
-UNKNOWN = "-"
 
 
 # ---------------------------------------------------------------------------------------------------- consoles
@@ -112,7 +111,7 @@ class ConsoleProgress:
         self._end(stopped=False)
         task = None
         if self._bars is not None:
-            task = self._bars.add_task(_printable(name), total=steps or None, label="")
+            task = self._bars.add_task(words.printable(name), total=steps or None, label="")
         self._stage = _Stage(name, steps, time.perf_counter(), task)
 
     def step(self, label: str) -> None:
@@ -121,7 +120,7 @@ class ConsoleProgress:
             return
         self._stage.done += 1
         if self._bars is not None and self._stage.task is not None:
-            self._bars.update(self._stage.task, advance=1, label=_printable(label))
+            self._bars.update(self._stage.task, advance=1, label=words.printable(label))
 
     def note(self, text: str) -> None:
         """Say one plain sentence to the user, on its own line."""
@@ -159,9 +158,9 @@ def _bars(console: Console) -> Bars:
 
 def _stage_line(stage: _Stage, seconds: float, stopped: bool) -> str:
     if stopped:
-        return f"{stage.name}: stopped after {stage.done} of {stage.steps} steps, {_seconds(seconds)}"
+        return f"{stage.name}: stopped after {stage.done} of {stage.steps} steps, {words.seconds(seconds)}"
     steps = f"{stage.done} step{'' if stage.done == 1 else 's'}, " if stage.done else ""
-    return f"{stage.name}: {steps}{_seconds(seconds)}"
+    return f"{stage.name}: {steps}{words.seconds(seconds)}"
 
 
 # ------------------------------------------------------------------------------------------------------ result
@@ -197,14 +196,19 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
 def _sizes(result: Result) -> Table:
     before, after, ratio = result.before, result.after, result.ratio
     table = _table("", ">Before", ">After", "Change")
-    table.add_row("Parameters", _count(before.params), _count(after.params), _change(ratio.params, "smaller", "larger"))
-    table.add_row("MACs", _count(before.macs), _count(after.macs), _change(ratio.macs, "fewer", "more"))
-    size = _change(ratio.file_bytes, "smaller", "larger")
-    table.add_row("File size", _bytes(before.file_bytes), _bytes(after.file_bytes), size)
+    table.add_row(
+        "Parameters",
+        words.count(before.params),
+        words.count(after.params),
+        words.change(ratio.params, "smaller", "larger"),
+    )
+    table.add_row("MACs", words.count(before.macs), words.count(after.macs), words.change(ratio.macs, "fewer", "more"))
+    size = words.change(ratio.file_bytes, "smaller", "larger")
+    table.add_row("File size", words.byte_count(before.file_bytes), words.byte_count(after.file_bytes), size)
     speed = "not measured"
     if before.latency_ms is not None and after.latency_ms is not None:
-        speed = _change(ratio.latency_ms, "faster", "slower")
-    table.add_row("Latency", _milliseconds(before.latency_ms), _milliseconds(after.latency_ms), speed)
+        speed = words.change(ratio.latency_ms, "faster", "slower")
+    table.add_row("Latency", words.milliseconds(before.latency_ms), words.milliseconds(after.latency_ms), speed)
     return table
 
 
@@ -227,15 +231,15 @@ def _latency_line(result: Result) -> list[Text]:
     if result.after.latency_ms is None:
         return []
     threads, provider = result.settings.get("threads"), result.environment.get("provider")
-    words = ["Latency is the median"]
+    parts = ["Latency is the median"]
     if threads is not None:
-        words.append(f"{threads} thread{'' if threads == 1 else 's'}")
+        parts.append(f"{threads} thread{'' if threads == 1 else 's'}")
     batch = result.settings.get("batch", 1)
     if batch != 1:
-        words.append(f"batch {batch}")
+        parts.append(f"batch {batch}")
     if provider is not None:
-        words.append(str(provider))
-    return [_text(", ".join(words) + ".")]
+        parts.append(str(provider))
+    return [_text(", ".join(parts) + ".")]
 
 
 def _optimised(optimised: Optimised | None, verbose: bool) -> list[RenderableType]:
@@ -300,14 +304,14 @@ def _quality(result: Result) -> list[RenderableType]:
         return [_text(f"Quality: not measured ({reason}).")]
     columns: dict[str, list[str]] = {
         "Output": [q.name for q in quality],
-        ">Relative error": [_percent(q.relative_l2) for q in quality],
-        ">Cosine": [_number(q.cosine, 5) for q in quality],
-        ">Top-1 same": [_percent(q.top1_agreement) for q in quality],
-        ">Top-5 same": [_percent(q.top5_agreement) for q in quality],
+        ">Relative error": [words.percent(q.relative_l2) for q in quality],
+        ">Cosine": [words.number(q.cosine, 5) for q in quality],
+        ">Top-1 same": [words.percent(q.top1_agreement) for q in quality],
+        ">Top-5 same": [words.percent(q.top5_agreement) for q in quality],
         "Accuracy": [_accuracy(q) for q in quality],
         ">Samples": [str(q.samples) for q in quality],
     }
-    known = {title: cells for title, cells in columns.items() if any(cell != UNKNOWN for cell in cells)}
+    known = {title: cells for title, cells in columns.items() if any(cell != words.UNKNOWN for cell in cells)}
     table = _table(*known, title="Quality on held-out samples, against the original model")
     for row in zip(*known.values(), strict=True):
         table.add_row(*map(_text, row))
@@ -316,8 +320,8 @@ def _quality(result: Result) -> list[RenderableType]:
 
 def _accuracy(quality: OutputQuality) -> str:
     if quality.accuracy_before is None or quality.accuracy_after is None:
-        return UNKNOWN
-    return f"{_percent(quality.accuracy_before)} -> {_percent(quality.accuracy_after)}"
+        return words.UNKNOWN
+    return f"{words.percent(quality.accuracy_before)} -> {words.percent(quality.accuracy_after)}"
 
 
 def _layers(result: Result, verbose: bool) -> list[RenderableType]:
@@ -335,23 +339,15 @@ def _layers(result: Result, verbose: bool) -> list[RenderableType]:
     table = _table("Layer", "Weight", "Form", unit, *[">Latency"] * timed, ">Error", title=title)
     for layer in layers:
         before, after = _cost(layer, kind)
-        cells = [_text(layer.name), _weight(layer.op, layer.shape), _form(layer)]
-        cells.append(Text(f"{_count(before)} -> {_count(after)}"))
+        cells = [_text(layer.name), _text(words.weight(layer.op, layer.shape)), _text(words.form(layer))]
+        cells.append(Text(f"{words.count(before)} -> {words.count(after)}"))
         if timed:
-            cells.append(Text(f"{_milliseconds(layer.latency_before_ms)} -> {_milliseconds(layer.latency_after_ms)}"))
-        table.add_row(*cells, Text(_percent(_error(layer))))
+            cells.append(
+                Text(f"{words.milliseconds(layer.latency_before_ms)} -> {words.milliseconds(layer.latency_after_ms)}")
+            )
+        table.add_row(*cells, Text(words.percent(words.error(layer))))
     behind = any(layer.activation_error is not None for layer in layers)
     return [table, _text("Errors are those behind the activation.")] if behind else [table]
-
-
-def _error(layer: LayerResult) -> float | None:
-    """Return the error behind the activation where it was measured: in front of it a fit to it may look far off.
-
-    None for a layer that was left as it is: what others in front of it do to it was not measured.
-    """
-    if layer.form == "dense":
-        return None
-    return layer.error if layer.activation_error is None else layer.activation_error
 
 
 def _certificate(result: Result) -> list[RenderableType]:
@@ -359,15 +355,15 @@ def _certificate(result: Result) -> list[RenderableType]:
     table = _table("Layer", ">Error allowed", ">Error on calibration columns", title="Guarantees")
     for layer in result.layers:
         if layer.allowed_error is not None:
-            table.add_row(_text(layer.name), _percent(layer.allowed_error), _percent(layer.reached_error))
+            table.add_row(_text(layer.name), words.percent(layer.allowed_error), words.percent(layer.reached_error))
     if not table.row_count:
         return []
     found = result.certificate
     if found is None:
         return ["", table]
     line = (
-        f"Output {found.output} behind {', '.join(found.layers)} is off by at most {_percent(found.bound)} "
-        f"on {found.samples} calibration samples; measured {_percent(found.measured)}."
+        f"Output {found.output} behind {', '.join(found.layers)} is off by at most {words.percent(found.bound)} "
+        f"on {found.samples} calibration samples; measured {words.percent(found.measured)}."
     )
     return ["", table, _text(line)]
 
@@ -384,28 +380,6 @@ def _cost(layer: LayerResult, kind: Literal["params", "macs"]) -> tuple[int, int
     return layer.params_before, layer.params_after
 
 
-def _weight(op: str, shape: tuple[int, ...]) -> Text:
-    return _text(f"{op} {'x'.join(map(str, shape))}".rstrip())
-
-
-def _form(layer: LayerResult) -> Text:
-    """Return the form with its figures: ``low-rank 64 + channels 120/512``, ``elements 9.30 %`` of the weight."""
-    weights = layer.params_before * layer.kept_outputs / max(layer.outputs, 1)
-    figures = {
-        "low-rank": f" {layer.rank}",
-        "spatial": f" {layer.rank}",
-        "projected": f" {layer.rank}",
-        "tucker": f" {layer.inner_rank}, {layer.rank}",
-        "channels": f" {layer.kept_channels}/{layer.channels}",
-        "elements": f" {_percent(layer.elements / weights if weights else None)}",
-        "dense": "",
-    }
-    form = " + ".join(part + figures.get(part, "") for part in layer.form.split(" + "))
-    if layer.kept_outputs != layer.outputs:
-        form += f", outputs {layer.kept_outputs}/{layer.outputs}"
-    return _text(form)
-
-
 def _skipped_summary(result: Result) -> list[RenderableType]:
     if not result.skipped:
         return []
@@ -415,7 +389,7 @@ def _skipped_summary(result: Result) -> list[RenderableType]:
         params[layer.reason] += layer.params
     table = _table(">Layers", ">Parameters", "Reason", title=f"Left as they were ({len(result.skipped)}; -v: all)")
     for reason, count in layers.most_common(SUMMARY_REASONS):
-        table.add_row(str(count), _count(params[reason]), _text(reason))
+        table.add_row(str(count), words.count(params[reason]), _text(reason))
     rest = len(layers) - SUMMARY_REASONS
     if rest > 0:
         table.add_row("", "", f"and {rest} more reason{'' if rest == 1 else 's'}")
@@ -427,7 +401,7 @@ def _skipped_all(result: Result) -> list[RenderableType]:
         return []
     table = _table("Layer", "Op", ">Parameters", "Reason", title=f"Left as they were ({len(result.skipped)})")
     for layer in result.skipped:
-        table.add_row(_text(layer.name), _text(layer.op), _count(layer.params), _text(layer.reason))
+        table.add_row(_text(layer.name), _text(layer.op), words.count(layer.params), _text(layer.reason))
     return ["", table]
 
 
@@ -437,12 +411,12 @@ def _notes(notes: Iterable[str]) -> list[RenderableType]:
 
 def _effort_line(result: Result, verbose: bool) -> Text:
     total = result.seconds.get("total", sum(result.seconds.values()))
-    line = f"Took {_seconds(total)}"
+    line = f"Took {words.seconds(total)}"
     if verbose and len(result.seconds) > 1:
-        parts = [f"{name} {_seconds(value)}" for name, value in result.seconds.items() if name != "total"]
+        parts = [f"{name} {words.seconds(value)}" for name, value in result.seconds.items() if name != "total"]
         line += f" ({', '.join(parts)})"
     if result.peak_memory_bytes > 0:
-        line += f", peak memory {_bytes(result.peak_memory_bytes)}"
+        line += f", peak memory {words.byte_count(result.peak_memory_bytes)}"
     return _text(line + ".")
 
 
@@ -483,8 +457,8 @@ def _timings(comparison: Comparison) -> Table:
     for t in comparison.timings:
         place = [t.provider.removesuffix("ExecutionProvider"), str(t.batch)] if several else []
         ratio = "1" if t.verdict == "first" else f"{t.ratio:.3f} ({t.ratio_low:.3f}-{t.ratio_high:.3f})"
-        times = [_milliseconds(ms) for ms in (t.median_ms, t.p90_ms, t.p99_ms)]
-        table.add_row(_text(t.model), *place, *times, _three_digits(t.throughput), ratio, said(t))
+        times = [words.milliseconds(ms) for ms in (t.median_ms, t.p90_ms, t.p99_ms)]
+        table.add_row(_text(t.model), *place, *times, words.three_digits(t.throughput), ratio, words.said(t))
     return table
 
 
@@ -493,8 +467,9 @@ def _compared(comparison: Comparison) -> Table:
     headers = [">File", ">Parameters", ">Load", ">Peak memory"]
     table = _table("Model", *headers, *([">Output off by", ">Same class", ">Accuracy"] if judged else []))
     for model in comparison.models:
-        memory = "" if model.peak_memory_bytes is None else _bytes(model.peak_memory_bytes)
-        figures = [_bytes(model.file_bytes), _count(model.params), _milliseconds(model.load_ms), memory]
+        memory = "" if model.peak_memory_bytes is None else words.byte_count(model.peak_memory_bytes)
+        figures = [words.byte_count(model.file_bytes), words.count(model.params)]
+        figures += [words.milliseconds(model.load_ms), memory]
         if judged:
             quality = model.quality[0] if model.quality else None
             figures += ["", "", ""] if quality is None else _against_first(quality)
@@ -503,16 +478,16 @@ def _compared(comparison: Comparison) -> Table:
 
 
 def _against_first(quality: OutputQuality) -> list[str]:
-    return [_percent(quality.relative_l2), _percent(quality.top1_agreement), _accuracy(quality)]
+    return [words.percent(quality.relative_l2), words.percent(quality.top1_agreement), _accuracy(quality)]
 
 
 def _layer_times(comparison: Comparison) -> Table:
     several = len({(t.provider, t.batch) for t in comparison.layers}) > 1
-    names = [f">{_printable(model.name)}" for model in comparison.models]
+    names = [f">{words.printable(model.name)}" for model in comparison.models]
     table = _table("Layer", *(["Provider", ">Batch"] if several else []), *names, title="Times of the layers, per call")
     for t in comparison.layers:
         place = [t.provider, str(t.batch)] if several else []
-        table.add_row(_text(t.layer), *place, *(_milliseconds(ms) for ms in t.ms))
+        table.add_row(_text(t.layer), *place, *(words.milliseconds(ms) for ms in t.ms))
     return table
 
 
@@ -521,18 +496,18 @@ def _model_facts(inspection: Inspection) -> Table:
     facts = [
         ("Model", inspection.input or "(in memory)"),
         ("Format", f"opset {inspection.opset}, IR version {inspection.ir_version}"),
-        ("Producer", inspection.producer or UNKNOWN),
+        ("Producer", inspection.producer or words.UNKNOWN),
         *(("Input", text) for text in inspection.inputs),
         *(("Output", text) for text in inspection.outputs),
         ("Open sizes", ", ".join(inspection.dynamic) or "none"),
-        ("Parameters", _count(totals.params)),
-        ("MACs", _count(totals.macs)),
-        ("File size", _bytes(totals.file_bytes)),
+        ("Parameters", words.count(totals.params)),
+        ("MACs", words.count(totals.macs)),
+        ("File size", words.byte_count(totals.file_bytes)),
     ]
     if inspection.external_bytes:
-        facts.append(("External data", f"{_bytes(inspection.external_bytes)} of it"))
+        facts.append(("External data", f"{words.byte_count(inspection.external_bytes)} of it"))
     if totals.latency_ms is not None:
-        facts.append(("Latency", _milliseconds(totals.latency_ms)))
+        facts.append(("Latency", words.milliseconds(totals.latency_ms)))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     for name, value in facts:
         table.add_row(name, _text(value))
@@ -555,10 +530,12 @@ def _inspected_layers(inspection: Inspection, verbose: bool) -> list[RenderableT
         answer = "yes" if layer.eligible else f"no: {layer.reason or 'no reason given'}"
         figures = []
         for value, total in ((layer.params, totals.params), (layer.macs, totals.macs)):
-            figures += [_count(value), _percent(value / total) if total else UNKNOWN]
+            figures += [words.count(value), words.percent(value / total) if total else words.UNKNOWN]
         if ranked:
-            figures.append(UNKNOWN if layer.effective_rank is None else f"{layer.effective_rank}/{layer.full_rank}")
-        table.add_row(_text(layer.name), _weight(layer.op, layer.shape), *figures, _text(answer))
+            figures.append(
+                words.UNKNOWN if layer.effective_rank is None else f"{layer.effective_rank}/{layer.full_rank}"
+            )
+        table.add_row(_text(layer.name), _text(words.weight(layer.op, layer.shape)), *figures, _text(answer))
     said = [_text("Rank: the lowest that keeps 99 % of the variance of the layer's outputs, of the full one.")]
     return [table, *(said * ranked), ""]
 
@@ -568,13 +545,13 @@ def _eligible_line(layers: Sequence[LayerInfo]) -> Text:
     line = f"{len(eligible)} of {len(layers)} layers can be compressed"
     params, macs = sum(layer.params for layer in layers), sum(layer.macs for layer in layers)
     if params and macs:
-        share_params = _percent(sum(layer.params for layer in eligible) / params)
-        share_macs = _percent(sum(layer.macs for layer in eligible) / macs)
+        share_params = words.percent(sum(layer.params for layer in eligible) / params)
+        share_macs = words.percent(sum(layer.macs for layer in eligible) / macs)
         line += f"; they hold {share_params} of these layers' parameters and {share_macs} of their MACs"
     return _text(line + ".")
 
 
-# ------------------------------------------------------------------------------------------- figures and words
+# ------------------------------------------------------------------------------------------------------ tables
 
 
 def _print(blocks: Iterable[RenderableType], console: Console) -> None:
@@ -602,68 +579,5 @@ def _table(*headers: str, title: str = "") -> Table:
     )
 
 
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)
-
-
 def _text(text: str) -> Text:
-    return Text(_printable(text))
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _scaled(value: float, unit: str) -> str:
-    """Return ``value`` with three digits and a decimal prefix: 431 k, 15.2 M, 1.23 G."""
-    if value < 1000:
-        return f"{value:.0f} {unit}".rstrip()
-    for prefix in "kMG":
-        value /= 1000
-        if value < 999.5:
-            return f"{_three_digits(value)} {prefix}{unit}"
-    return f"{_three_digits(value / 1000)} T{unit}"
-
-
-def _three_digits(value: float) -> str:
-    if value >= 99.95:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def _count(value: int) -> str:
-    return _scaled(value, "")
-
-
-def _bytes(value: int) -> str:
-    return _scaled(value, "B")
-
-
-def _milliseconds(value: float | None) -> str:
-    if value is None or not _known(value):
-        return UNKNOWN
-    return f"{_three_digits(value)} ms" if value >= 1 else f"{value:.3f} ms"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 120 else f"{int(value) // 60} min {int(value) % 60} s"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" if _known(value) else UNKNOWN
-
-
-def _percent(value: float | None) -> str:
-    if value is None or not _known(value):
-        return UNKNOWN
-    return "<0.01 %" if 0 < value < 0.0001 else f"{100 * value:.2f} %"
-
-
-def _change(ratio: float | None, better: str, worse: str) -> str:
-    """Return before / after in words: ``2.00x smaller``, ``1.05x slower``, ``same``."""
-    if ratio is None or not _known(ratio) or ratio <= 0:
-        return UNKNOWN
-    factor = max(ratio, 1 / ratio)
-    if factor < 1.005:
-        return "same"
-    return f"{factor:.2f}x {better if ratio > 1 else worse}"
+    return Text(words.printable(text))

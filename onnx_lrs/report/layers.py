@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lrs.calibration.subject import Subject
-from onnx_lrs.graph.forms import element_params, stored_entries
+from onnx_lrs.graph.forms import element_params, is_in_parts, stored_entries
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.model import takes_sparse
 from onnx_lrs.graph.rewrite import Rewritten, take_rows
 from onnx_lrs.planning.course import Outcome
 from onnx_lrs.planning.prices import Plan, macs_of
 from onnx_lrs.report.result import (
+    CurvePoint,
     Form,
     LayerResult,
     SkippedLayer,
 )
+from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.closed_form import form_of
-from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors, TuckerFactors
+from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, SpatialFactors, TuckerFactors, spread
+from onnx_lrs.solvers.solve import undominated
+
+POINTS = 12  # of a form in a layer's curve, those of few parameters closer together
 
 
 def layer_results(subject: Subject, rewritten: Rewritten, outcome: Outcome, known: bool) -> tuple[LayerResult, ...]:
@@ -48,6 +55,7 @@ def _layer_result(
         factors = take_rows(factors, outputs)  # which rows the entries lie in is known only now
     form, rank, kept = _describe(factors)
     params = _params(subject, layer, factors, outputs)
+    low_rank, sparse = _parts(subject, factors, params, kept_outputs)
     return LayerResult(
         name=layer.name,
         op=layer.op,
@@ -71,6 +79,8 @@ def _layer_result(
         activation=layer.behind.label,
         damping=done.damping if done else None,
         inner_rank=factors.inner if isinstance(factors, TuckerFactors) else 0,
+        low_rank_params=low_rank,
+        sparse_params=sparse,
     )
 
 
@@ -112,6 +122,47 @@ def _params(subject: Subject, layer: Layer, factors: AnyFactors | None, outputs:
     if isinstance(factors, SpatialFactors):
         return factors.params - share * int(factors.last[0].size)
     return factors.params - share * (factors.rank + int(factors.sparse.shape[1]))
+
+
+def _parts(subject: Subject, factors: AnyFactors | None, params: int, outputs: int) -> tuple[int, int]:
+    """Return which of a layer's ``params`` weights are low-rank, and which kept channels or single entries."""
+    if factors is None:
+        return 0, 0
+    if isinstance(factors, ElementFactors):
+        entries = stored_entries(factors.sparse)
+        stored = is_in_parts(factors.rank, int(entries.nnz), entries.shape, takes_sparse(subject.folded))
+        return (params - int(entries.nnz), int(entries.nnz)) if stored else (0, 0)
+    sparse = 0 if isinstance(factors, SpatialFactors) else outputs * int(factors.sparse.shape[1])
+    return params - sparse, sparse
+
+
+def with_curves(subject: Subject, layers: Sequence[LayerResult], outcome: Outcome) -> tuple[LayerResult, ...]:
+    """Return the layers with what each was offered, and what the plan took of it."""
+    pairs = zip(subject.layers, layers, strict=True)
+    chosen = {} if outcome.plan is None else outcome.plan.chosen
+    return tuple(
+        dataclasses.replace(found, curve=_curve(outcome.curves.get(la.node, ()), chosen.get(la.node)))
+        for la, found in pairs
+    )
+
+
+def _curve(candidates: Sequence[Candidate], chosen: Candidate | None) -> tuple[CurvePoint, ...]:
+    """Return the undominated points of each form, a few of them; the chosen one is there in any case."""
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.form, []).append(candidate)
+    found = [_point(c, False) for group in groups.values() for c in spread(undominated(group), POINTS)]
+    if chosen is not None and candidates:
+        own = _point(chosen, True)
+        found = [own, *(point for point in found if dataclasses.replace(point, chosen=True) != own)]
+    return tuple(sorted(found, key=lambda point: (point.form, point.params, point.error)))
+
+
+def _point(candidate: Candidate, chosen: bool) -> CurvePoint:
+    form: Form = candidate.form  # type: ignore[assignment]
+    error = math.sqrt(max(candidate.loss, 0.0))
+    kept = len(candidate.support)
+    return CurvePoint(form, candidate.rank, kept, candidate.elements, candidate.params, error, chosen)
 
 
 def skipped_layers(subject: Subject) -> tuple[SkippedLayer, ...]:

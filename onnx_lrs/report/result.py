@@ -68,6 +68,87 @@ class SearchStep:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParetoPoint:
+    """One plan: what it leaves of the original's cost, a fraction, the loss it is expected to make, layers changed."""
+
+    fraction: float
+    loss: float
+    layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pareto:
+    """What a plan would have lost at other budgets, from the same error curves; nothing was fitted for it.
+
+    ``kind`` is the cost ("latency", "params", "macs" or "size") and ``limit`` the fraction of it that was asked for,
+    None where none was. ``points`` are plans of which none beats another in both cost and loss, by rising cost;
+    ``chosen`` is the plan of this run, None where the original was kept. A loss is the sum over the layers of what each
+    is expected to make of the outputs, a relative squared error; without data that of the layer itself.
+    """
+
+    kind: str
+    limit: float | None
+    points: tuple[ParetoPoint, ...]
+    chosen: ParetoPoint | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """One of the forms that a layer was offered.
+
+    ``params`` are the weights it would have and ``error`` the relative error of the layer's output on the samples that
+    select (without data: of its weights); ``chosen`` says that the plan took it.
+    """
+
+    form: Form
+    rank: int
+    kept_channels: int
+    elements: int
+    params: int
+    error: float
+    chosen: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangedAnswer:
+    """A sample whose largest class is another one in the compressed model.
+
+    ``sample`` counts the rows of the data that judges, ``name`` is that of its file, empty where it has none.
+    ``before`` and ``after`` are the classes, ``before_scores`` what the original gives these two and ``after_scores``
+    what the compressed model does; ``label`` is the true class, None without labels. The texts are the names of the
+    classes where the labels came from folders, else empty. ``thumbnail`` is a small JPEG of a sample that is a picture
+    and not part of the JSON.
+    """
+
+    sample: int
+    name: str
+    before: int
+    after: int
+    label: int | None
+    before_scores: tuple[float, float]
+    after_scores: tuple[float, float]
+    before_text: str = ""
+    after_text: str = ""
+    label_text: str = ""
+    thumbnail: bytes = dataclasses.field(default=b"", repr=False, compare=False, metadata={"json": False})
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """The samples of which an output of the shape (batch, classes) has another largest class.
+
+    Of the ``changed`` ones ``lost`` were right before and ``won`` are right now; None without labels. ``examples`` are
+    at most 12: lost ones first, then by how clearly the original preferred its own answer.
+    """
+
+    output: str
+    changed: int
+    lost: int | None
+    won: int | None
+    examples: tuple[ChangedAnswer, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerResult:
     """What became of one compressible layer.
 
@@ -81,7 +162,9 @@ class LayerResult:
     ``dense`` for a layer left as it is, or another name in :class:`onnx_lrs.solvers.Status` in lower case.
     ``activation`` is what follows the layer, with what stands between: "add + relu", or "sigmoid, fitted as linear"
     where it is not piecewise linear. ``latency_before_ms`` and ``latency_after_ms`` are those of the layer alone in a
-    small graph, where latency decides.
+    small graph, where latency decides. Of ``params_after``, ``low_rank_params`` belong to low-rank factors or chains of
+    thinner convolutions and ``sparse_params`` to kept channels or single entries; the rest is a dense weight. ``curve``
+    holds what the layer was offered, where a report was asked for.
     """
 
     name: str
@@ -108,6 +191,9 @@ class LayerResult:
     latency_before_ms: float | None = None
     latency_after_ms: float | None = None
     inner_rank: int = 0
+    low_rank_params: int = 0
+    sparse_params: int = 0
+    curve: tuple[CurvePoint, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +282,10 @@ class Result(Report):
     one (a note says why). ``optimised`` is None where ONNX Runtime's own graph was not looked at.
     ``predicted_latency_ms`` is what the plan was predicted to take, None where latency does not decide; ``search`` the
     questions of a search for what ``max_drop`` allows. ``unchanged`` says why the original was kept, empty where it was
-    not; with ``dry_run`` nothing was fitted, and errors are those that the plan counts with.
+    not; with ``dry_run`` nothing was fitted, and errors are those that the plan counts with. ``changes`` tells of each
+    output with classes which samples changed theirs, None without quality. ``pareto`` is what other budgets would have
+    cost, where a report was asked for and a plan was made. ``call`` repeats the run: the command line, or the Python
+    call with objects abbreviated.
     """
 
     input: str | None
@@ -219,8 +308,25 @@ class Result(Report):
     search: tuple[SearchStep, ...] = ()
     unchanged: str = ""
     dry_run: bool = False
+    changes: tuple[Changes, ...] | None = None
+    pareto: Pareto | None = None
+    call: str = ""
     schema: int = SCHEMA
     model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})
+
+    def to_html(self) -> str:
+        """Return a page about the run, one file without anything from outside; docs/report.md tells what it shows.
+
+        Raises
+        ------
+        ConfigError
+            If jinja2 or matplotlib are missing.
+        """
+        from onnx_lrs.report.html import check_extra, page
+        from onnx_lrs.report.result_page import content
+
+        check_extra()
+        return page("result.html", content(self))
 
 
 @dataclasses.dataclass(frozen=True)

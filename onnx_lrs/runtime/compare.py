@@ -17,13 +17,14 @@ from onnx_lrs.data import Samples, TensorSpec, random_samples
 from onnx_lrs.errors import ConfigError, DataError, ModelError, OnnxLrsError, VerificationError
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.comparison import ComparedModel, LayerTime, Timed, Verdict
-from onnx_lrs.report.result import OutputQuality
+from onnx_lrs.report.result import Changes, OutputQuality
+from onnx_lrs.runtime.examples import told
 from onnx_lrs.runtime.latency import calls_in_turn, drawn
 from onnx_lrs.runtime.nodes import Placement, by_layer, node_name, placement, profiled, with_names
 from onnx_lrs.runtime.probe import Order, probe
 from onnx_lrs.runtime.ratios import FEWEST_WINDOWS, Interval, ratios
 from onnx_lrs.runtime.session import Feed, Gpu, Session
-from onnx_lrs.runtime.verify import compare_outputs, takes_batches
+from onnx_lrs.runtime.verify import compare_answers, takes_batches
 
 MOST_WINDOWS = 40  # of time, each with fresh sessions; one a second where there are seconds for more than the fewest
 ROUNDS = (3, 2000)  # in a window
@@ -367,8 +368,8 @@ class Course:
 
     # ------------------------------------------------------------------------------------------------ outputs
 
-    def quality(self, labels: NDArray[np.int64] | None) -> tuple[tuple[OutputQuality, ...] | None, ...]:
-        """Return how close each model's outputs are to the first one's, over all samples; None for the first itself.
+    def judged(self, compared: Sequence[ComparedModel], labels: NDArray[np.int64] | None) -> tuple[ComparedModel, ...]:
+        """Return the models with how close each one's outputs are to the first one's, over all samples.
 
         Raises
         ------
@@ -378,21 +379,29 @@ class Course:
         DataError
             If the first model's own outputs are not finite.
         """
-        samples, provider, (first, *others) = self._samples, self._config.providers[0], self._entrants
-        assert samples is not None
-        found: list[tuple[OutputQuality, ...] | None] = [None]
+        provider, (first, *others) = self._config.providers[0], self._entrants
+        found = [compared[0]]
         with self._session(first, provider) as reference:
-            for other in others:
+            for other, model in zip(others, compared[1:], strict=True):
                 with self._session(other, provider) as session:
-                    pair, items = (reference, session), np.arange(len(samples))
                     try:
-                        found.append(compare_outputs(pair, samples, items, labels, self._batching, self._progress))
+                        quality, changes = self._against((reference, session), labels)
                     except (ModelError, VerificationError) as error:
                         raise ModelError(
                             f"{other.name} against {first.name}: {error.message}",
                             "Leave that model out, or the data: then only times are compared.",
                         ) from error
+                found.append(dataclasses.replace(model, quality=quality, changes=changes))
         return tuple(found)
+
+    def _against(
+        self, pair: tuple[Session, Session], labels: NDArray[np.int64] | None
+    ) -> tuple[tuple[OutputQuality, ...], tuple[Changes, ...]]:
+        samples = self._samples
+        assert samples is not None
+        items = np.arange(len(samples))
+        quality, changes = compare_answers(pair, samples, items, labels, self._batching, self._progress)
+        return quality, told(changes, samples, labels, self._config.report is not None)
 
 
 def _rows(feed: Feed) -> int:

@@ -14,7 +14,8 @@ from onnx_lrs.errors import DataError, ModelError, VerificationError
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, signature
 from onnx_lrs.graph.weights import constant_outside, is_outside, references
 from onnx_lrs.progress import Pace, Progress
-from onnx_lrs.report.result import OutputQuality
+from onnx_lrs.report.result import Changes, OutputQuality
+from onnx_lrs.runtime.examples import Changed
 from onnx_lrs.runtime.session import Feed, Session
 
 TOP = 5
@@ -90,7 +91,7 @@ def _refuse_unless_inherited(original: onnx.ModelProto, error: Exception) -> Non
 
 
 class Meter:
-    """Streams pairs of one output into an :class:`OutputQuality`."""
+    """Streams pairs of one output into an :class:`OutputQuality` and :class:`Changes`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -100,9 +101,19 @@ class Meter:
         self._correct = np.zeros(2)
         self._classes = True
         self._labelled = 0
+        self._changed = Changed(name)
 
-    def add(self, a: NDArray[np.generic], b: NDArray[np.generic], labels: NDArray[np.int64] | None) -> None:
-        """Take in the outputs of the original (a) and the compressed model (b) for the same inputs."""
+    def add(
+        self,
+        a: NDArray[np.generic],
+        b: NDArray[np.generic],
+        labels: NDArray[np.int64] | None,
+        samples: NDArray[np.int64],
+    ) -> None:
+        """Take in the outputs of the original (a) and the compressed model (b) for the same inputs.
+
+        ``labels`` and ``samples`` are the true classes and the numbers of the rows that were fed.
+        """
         rows = len(a) if a.ndim else 1
         x, y = (np.asarray(v, np.float64).reshape(rows, -1) for v in (a, b))
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
@@ -112,13 +123,16 @@ class Meter:
         self._sums += [np.square(x - y).sum(), np.square(x).sum(), cosines.sum()]
         self._classes &= a.ndim == 2 and a.shape[1] > 1 and a.dtype.kind == "f"
         if self._classes:
+            labels = labels if labels is not None and len(labels) == len(x) else None
             self._add_classes(x, y, labels)
+            if len(samples) == len(x):  # else rows of the output are no samples
+                self._changed.add(x, y, labels, samples)
 
     def _add_classes(self, x: NDArray[np.float64], y: NDArray[np.float64], labels: NDArray[np.int64] | None) -> None:
         first, second = x.argmax(axis=1), y.argmax(axis=1)
         best = np.argsort(-y, axis=1, kind="stable")[:, :TOP]
         self._agreements += [np.sum(first == second), np.sum(best == first[:, None])]
-        if labels is not None and len(labels) == len(x):
+        if labels is not None:
             self._correct += [np.sum(first == labels), np.sum(second == labels)]
             self._labelled += len(labels)
 
@@ -138,6 +152,10 @@ class Meter:
             accuracy_after=after,
         )
 
+    def changes(self) -> Changes | None:
+        """Return which samples have another class; None where the output has no classes."""
+        return self._changed.changes() if self._classes else None
+
 
 def compare_outputs(
     sessions: tuple[Session, Session],
@@ -147,7 +165,19 @@ def compare_outputs(
     batching: tuple[int, bool],
     progress: Progress,
 ) -> tuple[OutputQuality, ...]:
-    """Return how close every floating-point output is on the given items.
+    """Return how close every floating-point output is on the given items; see :func:`compare_answers`."""
+    return compare_answers(sessions, samples, items, labels, batching, progress)[0]
+
+
+def compare_answers(
+    sessions: tuple[Session, Session],
+    samples: Samples,
+    items: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
+    batching: tuple[int, bool],
+    progress: Progress,
+) -> tuple[tuple[OutputQuality, ...], tuple[Changes, ...]]:
+    """Return how close every floating-point output is on the given items, and of those with classes what changed.
 
     ``labels`` holds the class of every row of the samples, ``batching`` the largest batch and whether it is dynamic.
 
@@ -169,10 +199,12 @@ def compare_outputs(
         for name in original.outputs:
             if a[name].dtype.kind == "f":
                 _check_finite(name, a, b)
-                meters.setdefault(name, Meter(name)).add(a[name], b[name], None if labels is None else labels[rows])
+                own = None if labels is None else labels[rows]
+                meters.setdefault(name, Meter(name)).add(a[name], b[name], own, rows)
         pace.advance(len(indices))
     pace.finish()
-    return tuple(meter.quality() for meter in meters.values())
+    changes = (meter.changes() for meter in meters.values())
+    return tuple(meter.quality() for meter in meters.values()), tuple(c for c in changes if c is not None)
 
 
 def takes_batches(model: onnx.ModelProto | pathlib.Path, samples: Samples, threads: int) -> bool:
