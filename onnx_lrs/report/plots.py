@@ -64,7 +64,7 @@ SETTINGS: Mapping[str, Any] = {
 }
 LEAST = 1e-4  # errors below are drawn there: a logarithm has no zero
 SMALL, WIDE = (2.5, 2.0), (4.2, 2.5)  # inches; on a phone either is as wide as the page
-FRAMES = {SMALL: (0.2, 0.21, 0.76, 0.56), WIDE: (0.15, 0.17, 0.81, 0.78)}  # left, bottom, width, height: shares of it
+FRAMES = {SMALL: (0.2, 0.21, 0.71, 0.56), WIDE: (0.15, 0.17, 0.81, 0.78)}  # left, bottom, width, height: shares of it
 DECADE = 30.0  # of largest and smallest: below, powers of ten alone name nothing
 
 
