@@ -379,7 +379,7 @@ OTHER = {
 }
 
 
-PLANNING = {"budget", "batch", "provider", "latency_table", "plan", "report"}  # choose among the same curves, and tell of it
+PLANNING = {"budget", "batch", "provider", "latency_table", "plan", "report"}  # choose among the same curves
 
 
 def test_the_key_changes_with_every_setting_that_curves_and_fits_depend_on():
