@@ -37,6 +37,7 @@ NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
 
 TABLES = ("json", "csv", "markdown")  # what reports are written as, each a flag
 PAGE = "report"  # the flag of the page, which the library writes
+BESIDE = ("plan", "latency_table")  # what compress reads, or writes beside the model
 Report = Result | Inspection | Comparison
 Command = Callable[[argparse.Namespace, Config, Progress], Report]
 
@@ -525,7 +526,7 @@ def _refuse_shared(places: Mapping[str, str]) -> None:
 def _check_report(name: str, given: Mapping[str, Any]) -> None:
     """Refuse a report's file that would destroy another one, or cannot be written."""
     report = Path(given[name])
-    _refuse_same(f"--{name}", given, name, ("model", "models", "output", "data", "test", "labels"))
+    _refuse_same(f"--{name}", given, name, ("model", "models", "output", "data", "test", "labels", *BESIDE))
     if report.is_dir() or not report.parent.is_dir():
         raise OutputError(
             f"The report cannot be written to {report}: {'it' if report.is_dir() else report.parent} is "

@@ -238,7 +238,8 @@ class Config:
     plan : path, optional
         A file with the plan of a run. Where it exists it is carried out; else the plan is written to it.
     dry_run : bool
-        Only make the plan and say what is to be expected of it; nothing is fitted and no model is written.
+        Only make the plan and say what is to be expected of it; no model is written, and nothing is fitted but the
+        plans that a search for ``max_drop`` tries.
     work : path, optional
         A folder that keeps finished layers, so that the same call goes on after an interruption; it decides nothing
         else. None: nothing is kept.

@@ -227,15 +227,18 @@ def check_request(job: Job) -> None:
         return
     if not isinstance(job.source, onnx.ModelProto) and _same_file(pathlib.Path(job.source), job.output):
         raise ConfigError(f"The output {job.output} is the input itself.", "Choose another name for -o.")
-    folder = job.output.parent
     if job.output.is_dir():
         raise OutputError(f"The output {job.output} is a folder.", "Give a file name, for example small.onnx.")
+    _check_folder(job.output.parent, "-o")
+
+
+def _check_folder(folder: pathlib.Path, flag: str) -> None:
     if not folder.is_dir():
-        raise OutputError(f"The folder {folder} does not exist.", "Create it first.")
+        raise OutputError(f"The folder {folder} of {flag} does not exist.", "Create it first.")
     try:  # access rights alone do not tell: the file system may be read-only, or not for files
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        remedy = "Choose another folder for -o."
+        remedy = f"Choose another folder for {flag}."
         raise OutputError(f"The folder {folder} cannot be written to: {error.strerror or error}.", remedy) from None
 
 
@@ -249,10 +252,13 @@ def _check_files(job: Job) -> None:
         if name is None:
             continue
         place = pathlib.Path(name)
-        if not place.parent.is_dir():
-            raise OutputError(f"The folder {place.parent} of {flag} does not exist.", "Create it first.")
+        if not place.exists():  # else it is read
+            _check_folder(place.parent, flag)
         if job.output is not None and place.resolve() == job.output.resolve():
             raise ConfigError(f"{flag} {place} is the output itself.", "Choose another name.")
+    plan, table = job.config.plan, job.config.latency_table
+    if plan is not None and table is not None and pathlib.Path(plan).resolve() == pathlib.Path(table).resolve():
+        raise ConfigError(f"--plan and --latency-table name the same file, {plan}.", "Give each its own.")
 
 
 def _check_method(job: Job) -> None:
@@ -275,7 +281,7 @@ def _check_method(job: Job) -> None:
         raise ConfigError("--structure elements makes no layer faster.", "Use --params or --size.")
     if budget.gain is not None and (job.config.plan is not None or job.config.dry_run):
         raise ConfigError("--gain makes no plan: --plan and --dry-run do not go with it.", "Leave one of them out.")
-    if job.config.latency_table is not None and not budget.is_timed and job.config.plan is None:
+    if job.config.latency_table is not None and not budget.is_timed and not job.replays:
         raise ConfigError(
             f"--latency-table: no latency decides {budget}.", "Use --latency or --max-drop, or leave the table out."
         )
@@ -531,4 +537,9 @@ def _write_plan(job: Job, subject: Subject, outcome: Outcome, verdict: Verdict) 
         "latencies": None if outcome.timing is None else str(outcome.timing.device),
     }
     costs = {} if outcome.timing is None else outcome.timing.layers_ms(outcome.plan)
-    write_plan(pathlib.Path(job.config.plan), subject, outcome.plan, about, costs)
+    try:
+        write_plan(pathlib.Path(job.config.plan), subject, outcome.plan, about, costs)
+    except OutputError as error:
+        if job.output is None or job.config.dry_run:
+            raise
+        raise OutputError(f"{error.message} {job.output} was already written.", error.remedy) from None

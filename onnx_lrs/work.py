@@ -17,9 +17,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import struct
 import sys
-import tempfile
 import threading
 import types
 import zlib
@@ -423,15 +423,15 @@ def refuse_file(place: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file that takes the place of ``path`` when the block ends well, and is gone when it does not."""
-    number, draft = tempfile.mkstemp(prefix=f"{path.name}.", suffix=DRAFT, dir=path.parent)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}{DRAFT}")
     try:
-        with open(number, "wb") as file:  # noqa: PTH123 - a descriptor
+        with draft.open("xb") as file:  # for others to read as the system's default says; mkstemp's are not
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(draft).replace(path)
+        draft.replace(path)
     finally:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def _others(own: Path, identity: Identity) -> str:

@@ -1,12 +1,15 @@
-"""Layers that do not make a network faster are taken back, by clocks that are less exact than what a layer saves."""
+"""Latencies kept to, and layers that do not pay taken back, by planted clocks: exact ones and those with noise."""
 
 import types
 
 import numpy as np
 import pytest
 
+from onnx_lrs.errors import BudgetError
 from onnx_lrs.planning.prices import Plan
-from onnx_lrs.planning.search import LAYER_SECONDS, SECONDS, TOLD, EndToEnd, together, without
+from onnx_lrs.planning.search import LAYER_SECONDS, SECONDS, TOLD, EndToEnd, together, within_latency, without
+from onnx_lrs.progress import Silent
+from onnx_lrs.solvers import Candidate
 
 WHOLE = 1_000_000  # ns
 
@@ -22,8 +25,8 @@ class Planted(EndToEnd):
         return sum(self._real[node] for node in nodes) + blur
 
 
-def plan_of(shares):
-    return Plan(dict.fromkeys(shares))
+def plan_of(shares, rank=8):
+    return Plan({node: Candidate("low-rank", rank, 1, 0.0, np.zeros(0, np.int64), 0.0) for node in shares})
 
 
 def timing_of(shares):
@@ -87,6 +90,67 @@ def test_layers_that_paid_once_are_not_asked_again():
     plan = clock.without_idle(plan_of(predicted), timing_of(predicted))
     clock._real = dict.fromkeys(predicted, -1.0)
     assert clock.without_idle(plan, timing_of(predicted)) == plan
+
+
+def test_another_candidate_of_a_layer_that_paid_is_asked():
+    predicted = names(4, 0.04)
+    clock = Planted(predicted)
+    clock.without_idle(plan_of(predicted), timing_of(predicted))
+    clock._real = dict.fromkeys(predicted, -1.0)
+    assert not clock.without_idle(plan_of(predicted, rank=16), timing_of(predicted)).chosen
+
+
+# ------------------------------------------------------------------------------------------------ within a latency
+
+
+class Desk:
+    """Plans whose real latency is a known function of the limit that they were made for, down to a floor."""
+
+    has_other_limits = False
+
+    def __init__(self, real, floor=0.0):
+        self.timing = types.SimpleNamespace(calibrate=lambda plan, real: None)
+        self._real, self._floor, self.asked, self.never = real, floor, [], ()
+
+    def plan(self, given, dense=frozenset()):
+        if given < self._floor or dense:
+            raise BudgetError("too tight", "")
+        self.asked.append(given)
+        return plan_of("a", rank=round(1e6 * given))
+
+    def ratio(self, plan):
+        return self._real(plan.chosen["a"].rank / 1e6) if plan.chosen else 1.0
+
+    def without_idle(self, plan, timing):
+        return without(plan, self.never)
+
+    def found(self, wanted):
+        return self.ratio(within_latency(self, self, wanted, Silent()))
+
+
+@pytest.mark.parametrize("wanted", [0.3, 0.55, 0.8])
+@pytest.mark.parametrize("off", [0.8, 1.0, 1.25])
+def test_a_prediction_that_is_off_is_corrected(wanted, off):
+    assert 0.95 * wanted <= Desk(lambda given: min(off * given, 1.0)).found(wanted) <= wanted
+
+
+def test_over_a_jump_the_limit_is_halved_and_not_thrown_back_and_forth():
+    """From 0.71 to 0.49 where a plan of many small layers changes."""
+    desk = Desk(lambda given: given * (1.05 if given > 0.68 else 0.72))
+    assert desk.found(0.7) == pytest.approx(0.68 * 0.72, rel=0.03)
+
+
+def test_a_limit_near_the_least_possible_is_not_refused_too_early():
+    desk = Desk(lambda given: 1.1 * given, floor=0.355)
+    assert 0.37 <= desk.found(0.4) <= 0.4
+    with pytest.raises(BudgetError, match=r"--latency 0\.38 was not reached"):
+        Desk(lambda given: 1.1 * given, floor=0.355).found(0.38)
+
+
+def test_layers_that_were_idle_in_a_looser_plan_are_tried_before_a_latency_is_refused():
+    desk = Desk(lambda given: given)
+    desk.never = ("a",)
+    assert desk.found(0.5) <= 0.5
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -20,7 +20,7 @@ from onnx_lrs.solvers import Candidate
 from tests import small_nets as nets
 from tests.test_prices import subject_of
 
-MIDDLE = float(np.sqrt(np.prod(PROBE_ERRORS)))
+MIDDLE = float(np.exp(np.mean(np.log(PROBE_ERRORS))))
 
 
 def points(scale: float, power: float, errors: tuple[float, ...] = PROBE_ERRORS) -> tuple[tuple[float, float], ...]:
@@ -37,9 +37,35 @@ def laws_of(measured, bound=BOUND):
 def test_a_planted_law_is_found(planted):
     found = laws_of({str(n): points(*law) for n, law in enumerate(planted)}, bound=1e6)
     for n, (scale, power) in enumerate(planted):
-        assert (found[str(n)].scale, found[str(n)].power) == pytest.approx((scale, power))
-        assert found[str(n)].loss(0.003) == pytest.approx(scale * 0.003**power)
+        for error in (PROBE_ERRORS[0], 0.003, 0.03, 0.5):
+            assert found[str(n)].loss(error) == pytest.approx(scale * error**power)
         assert found[str(n)].loss(0.0) == 0.0
+
+
+@given(st.floats(0.5, 2.0), st.floats(*POWERS), st.floats(1e-9, 1.0))
+def test_a_network_answers_to_errors_below_the_probes_in_proportion(scale, power, share):
+    found = laws_of({"own": points(scale, power)}, bound=1e6)["own"]
+    assert found.loss(share * PROBE_ERRORS[0]) == pytest.approx(share * scale * PROBE_ERRORS[0] ** power)
+
+
+def test_between_two_probes_their_own_power_counts():
+    """A layer whose small errors arrive as they are, and whose large ones grow."""
+    own = [(0.001, 0.001), (0.01, 0.01), (0.1, 1.0)]
+    found = laws_of({"own": own})["own"]
+    assert [found.loss(error) for error, _ in own] == pytest.approx([change for _, change in own])
+    assert found.loss(0.003) == pytest.approx(0.003)
+    assert found.loss(0.1 * 10**-0.5) == pytest.approx(0.1)
+    assert found.loss(0.2) == pytest.approx(4.0)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-4, 0.9), st.floats(1e-9, 1e3)), min_size=1, max_size=3, unique_by=lambda p: p[0])
+)
+def test_a_larger_error_never_does_less(measured):
+    found = laws_of({"own": sorted(measured)})["own"]
+    errors = np.geomspace(1e-6, 1.0, 60)
+    losses = [found.loss(error) for error in errors]
+    assert all(one < other for one, other in itertools.pairwise(losses))
 
 
 @given(st.dictionaries(st.text(max_size=2), st.tuples(st.floats(1e-9, 1e9), st.floats(-3, 4)), min_size=1, max_size=7))
@@ -76,20 +102,23 @@ def test_every_kind_of_form_follows_its_own_law():
 @pytest.mark.parametrize("first", [True, False])
 def test_a_layer_with_one_usable_probe_bends_like_the_others(lost, first):
     usual = {name: points(1.0, 1.6) for name in "abc"}
-    low, high = points(0.5, 1.0)
+    low, *_, high = points(0.5, 1.0)
     other = [] if lost is None else [(low[0] if first else high[0], lost)]
     own = [*other, high] if first else [low, *other]
-    found = laws_of(usual | {"own": own})["own"]
+    found = laws_of(usual | {"own": own}, bound=1e6)["own"]
     kept = high if first else low
-    assert found.power == pytest.approx(1.6)
     assert found.loss(kept[0]) == pytest.approx(kept[1])
+    for error in (0.002, 0.02, 0.3):
+        assert found.loss(error) == pytest.approx(kept[1] * (error / kept[0]) ** 1.6)
 
 
 def test_probes_are_next_to_what_plans_lose_and_apart():
     def of(*losses: float) -> list[float]:
         return [c.loss for c in probes_of([Candidate("low-rank", 1, 1, x, np.zeros(0, np.int64), 0.0) for x in losses])]
 
-    assert of(1e-4, 0.009, 0.05, 0.12, 0.7) == [0.009, 0.12]
+    assert of(1e-4, 0.0012, 0.009, 0.05, 0.12, 0.7) == [0.0012, 0.009, 0.12]
+    assert of(3e-4, 0.009, 0.05, 0.12, 0.7) == [3e-4, 0.009, 0.12]
+    assert of(0.006, 0.009, 0.05) == [0.009, 0.05]
     assert of(0.0, 0.02, 0.05) == [0.05]
     assert of(0.02) == [0.02]
     assert of(0.0) == of() == []

@@ -90,6 +90,13 @@ class Shape:
         inner = f",{self.inner}" if self.inner else ""
         return f"{self.form},{self.rank},{self.kept},{self.outputs},{int(self.gathered)}{inner}"
 
+    @classmethod
+    def of_key(cls, key: str) -> Shape:
+        """Return the shape that a key stands for, its weights unknown."""
+        form, rank, kept, outputs, gathered, *inner = key.split(",")
+        left = None if outputs == "None" else int(outputs)
+        return cls(form, int(rank), int(kept), left, bool(int(gathered)), int(inner[0]) if inner else 0)
+
     @property
     def size(self) -> int:
         """What latency grows with, of shapes that differ in nothing else."""

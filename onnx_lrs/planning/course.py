@@ -210,9 +210,10 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
     shop, feed, fitter = means
     curves, work = _curves(job, subject, material, shop, clock), shop.work
     if not job.budget.is_timed:
-        kept = work.get(PLAN, str(job.budget))
+        asked_for = repr(job.budget)  # exactly: in words it is rounded
+        kept = work.get(PLAN, asked_for)
         if kept is None:
-            kept = work.put(PLAN, str(job.budget), dict(Planner(subject, curves, job.budget).plan().chosen))
+            kept = work.put(PLAN, asked_for, dict(Planner(subject, curves, job.budget).plan().chosen))
         return Outcome({}, plan=Plan(kept), curves=curves)
     # a plan that was timed or judged is not kept for a run that goes on: the judging samples are not part of what the
     # work folder is known by, and the machine may be another; what was fitted is kept
@@ -225,7 +226,7 @@ def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, 
         return dataclasses.replace(outcome, curves=curves)
     finally:
         if asked and job.config.latency_table is not None:
-            timing.table.write(pathlib.Path(job.config.latency_table))
+            timing.exported.write(pathlib.Path(job.config.latency_table))
 
 
 def _curves(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Curves:
@@ -259,9 +260,11 @@ def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, cloc
 
         with clock.stage("search", SEARCH_STEPS):
             found = Search(planner, fitter, gate, build).run(end_to_end, job.progress)
+        real = timing.predict_ms(found.plan) / timing.original_ms
         if end_to_end is not None and found.plan.chosen:
-            timing.calibrate(found.plan, end_to_end.ratio(found.plan))
-        _refuse_if_apart(budget, found, planner)
+            real = end_to_end.ratio(found.plan)
+            timing.calibrate(found.plan, real)
+        _refuse_if_apart(budget, found, real)
         return Outcome(
             {}, plan=found.plan, timing=timing, steps=found.steps, nothing=found.why, gate=gate, notes=found.notes
         )
@@ -273,17 +276,16 @@ def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, cloc
     return Outcome({}, plan=plan, timing=timing)
 
 
-def _refuse_if_apart(budget: Budget, found: Found, planner: Planner) -> None:
-    """Refuse a limit that is not met within what may be lost, and say how near one gets."""
+def _refuse_if_apart(budget: Budget, found: Found, real: float) -> None:
+    """Refuse a limit that is not met within what may be lost, and say how near one gets.
+
+    ``real`` is what the plan takes of the original's latency: timed in the network where that was possible.
+    """
     if not budget.limits:
         return
     if found.why:
         raise BudgetError(f"{budget} cannot be had together: {found.why}.", "Allow more to be lost, or more to remain.")
-    if budget.latency is None:
-        return
-    assert planner.timing is not None
-    real = planner.timing.predict_ms(found.plan) / planner.timing.original_ms  # timed in the network, if it is here
-    if real <= budget.latency:
+    if budget.latency is None or real <= budget.latency:
         return
     lost = [step.drop for step in found.steps if step.predicted <= budget.latency and not step.held]
     beyond = f" Plans of --latency {budget.latency:g} and below lost {min(lost):.2%} at least." if lost else ""

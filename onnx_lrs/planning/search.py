@@ -21,14 +21,14 @@ from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.graph.small import Shape, random_elements, random_factors
-from onnx_lrs.planning.fitting import Fitter
+from onnx_lrs.planning.fitting import Fitter, candidate_key
 from onnx_lrs.planning.gate import Drop, Gate
 from onnx_lrs.planning.plan import Limit, limits_of, make_plan
 from onnx_lrs.planning.prices import CHANNELS, Plan
 from onnx_lrs.planning.timing import Stopwatch, Timing
 from onnx_lrs.progress import Progress, Silent
 from onnx_lrs.report.result import SearchStep
-from onnx_lrs.runtime.latency import fast_quarter, times_in_turn
+from onnx_lrs.runtime.latency import calls_in_turn, fast_quarter, there_and_back
 from onnx_lrs.runtime.session import Session
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
@@ -40,6 +40,7 @@ CLOSE = 0.97  # of the limit: what a plan leaves of it is not worth another roun
 SECONDS = 3.0  # of timing a plan against the original
 ALIKE = 1.03  # two readings this close need no third
 WINDOWS = 5  # of time in which two models are held against each other
+CALLS = (10, 1000)  # of each of the two, at least and at most
 LAYER_SECONDS = 0.8  # of timing it against itself without one of its layers
 CLEAR = 0.08  # of the original's latency: a layer that is predicted to save more pays without another look
 TOLD = 0.03  # of a plan's latency: less is not told from noise in LAYER_SECONDS
@@ -56,7 +57,7 @@ class EndToEnd:
     def __init__(self, subject: Subject, stopwatch: Stopwatch) -> None:
         self._subject, self._stopwatch = subject, stopwatch
         self._layers = {layer.node: layer for layer in subject.layers}
-        self._proven: set[str] = set()
+        self._proven: set[tuple[str, str]] = set()  # layers with what was in their place
 
     def assembled(self, plan: Plan) -> onnx.ModelProto:
         """Return the network with a plan's factors, their values random."""
@@ -79,10 +80,9 @@ class EndToEnd:
         watch = self._stopwatch
         with contextlib.ExitStack() as stack:
             opened = (Session(model, watch.threads, provider=watch.provider) for model in (one, other))
-            sessions = [stack.enter_context(session) for session in opened]
-            windows = [
-                fast_quarter(times_in_turn(sessions, [watch.feed] * 2, seconds / WINDOWS)) for _ in range(WINDOWS)
-            ]
+            calls = [functools.partial(stack.enter_context(session).run, watch.feed) for session in opened]
+            times = calls_in_turn(calls, seconds, CALLS, there_and_back(2))
+        windows = [fast_quarter(window) for window in np.array_split(times, WINDOWS)]
         return float(np.median([second / first for first, second in windows]))
 
     def without_idle(self, plan: Plan, timing: Timing) -> Plan:
@@ -94,13 +94,14 @@ class EndToEnd:
         whole = timing.predict_ns(plan)
         saved = {node: timing.predict_ns(without(plan, [node])) - whole for node in plan.chosen}
         current = without(plan, [node for node, ns in saved.items() if ns <= 0])
-        doubtful = [n for n in current.chosen if saved[n] < CLEAR * timing.before and n not in self._proven]
+        asked = [node for node in current.chosen if _placed(plan, node) not in self._proven]
+        doubtful = [node for node in asked if saved[node] < CLEAR * timing.before]
         shares = {node: saved[node] / whole for node in sorted(doubtful, key=lambda n: saved[n])}
         idle: list[str] = []
         for group in together(shares):
             idle += self._idle(without(current, idle), {node: shares[node] for node in group})
         while idle and self._longer(current, idle, SECONDS) > SCATTER:
-            self._proven |= set(idle[len(idle) // 2 :])
+            self._proven |= {_placed(plan, node) for node in idle[len(idle) // 2 :]}
             idle = idle[: len(idle) // 2]
         return without(current, idle)
 
@@ -118,11 +119,16 @@ class EndToEnd:
             return nodes
         expected = sum(shares.values())
         if len(nodes) == 1 or expected < TOLD or longer >= expected / 2:
-            self._proven |= shares.keys()
+            self._proven |= {_placed(plan, node) for node in nodes}
             return []
         first, second = ({node: shares[node] for node in nodes[part::2]} for part in (0, 1))
         idle = self._idle(plan, first)
         return idle + self._idle(without(plan, idle), second)
+
+
+def _placed(plan: Plan, node: str) -> tuple[str, str]:
+    """Return a layer with what a plan puts in its place: another candidate of it may pay or not."""
+    return node, candidate_key(plan.chosen[node])
 
 
 def together(shares: Mapping[str, float]) -> list[list[str]]:
@@ -226,24 +232,30 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
     assert planner.timing is not None
     given, dense = wanted, frozenset[str]()
     best: tuple[Plan, float] | None = None
-    loosest, nearest = 0.0, np.inf
+    loosest, low, high, nearest = 0.0, 0.0, np.inf, np.inf  # low and high: limits known as too tight and too loose
     for _ in range(ROUNDS):
         try:
             plan = planner.plan(given, dense)
         except BudgetError:
-            if best is None and not np.isfinite(nearest):
+            if not np.isfinite(nearest):
                 raise
-            break
+            low = given
+            given = (low + min(high, 1.0)) / 2
+            continue
         kept = plan if planner.has_other_limits else end_to_end.without_idle(plan, planner.timing)
         dense |= plan.chosen.keys() - kept.chosen.keys()
         real = end_to_end.ratio(kept) if kept.chosen else 1.0
         progress.step(f"{real:.3f} of the latency")
         nearest = min(nearest, real)
-        if real <= wanted and given > loosest:
+        if real > wanted:
+            high = min(high, given)
+        elif given > loosest:
             best, loosest = (kept, real), given
-        if CLOSE * wanted <= real <= wanted:
+        if CLOSE * wanted <= real <= wanted or loosest == 1.0:
             break
-        given = min(given * wanted / real * (1.0 if real <= wanted else 0.99), 1.0)
+        given = _corrected(given, wanted / real, max(low, loosest), high)
+    if best is None and dense:
+        best = _with_all_layers(planner, end_to_end, wanted, given)
     if best is None:
         raise BudgetError(
             f"--latency {wanted:g} was not reached: the fastest plan tried takes {nearest:.3f} of the original's.",
@@ -251,6 +263,26 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
         )
     planner.timing.calibrate(*best)
     return best[0]
+
+
+def _with_all_layers(planner: Planner, end_to_end: EndToEnd, wanted: float, given: float) -> tuple[Plan, float] | None:
+    """Return a plan of layers that looser plans left out too, with its latency; None if it is too slow as well."""
+    try:
+        plan = planner.plan(given)
+    except BudgetError:
+        return None
+    real = end_to_end.ratio(plan)
+    return (plan, real) if real <= wanted else None
+
+
+def _corrected(given: float, factor: float, low: float, high: float) -> float:
+    """Return the limit to be tried next: in proportion, or half-way between the loosest that held and what did not.
+
+    A network's latency may jump where a plan of many small layers changes; in proportion the search would then go back
+    and forth over the jump.
+    """
+    proportional = min(given * factor * (1.0 if factor >= 1.0 else 0.99), 1.0)
+    return proportional if low < proportional < high else (low + min(high, 1.0)) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +303,9 @@ class Search:
 
     def __init__(self, planner: Planner, fitter: Fitter, gate: Gate, build: Build) -> None:
         self._planner, self._fitter, self._gate, self._build = planner, fitter, gate, build
+        self._end_to_end: EndToEnd | None = None
         self._dense: frozenset[str] = frozenset()
+        self._paying: dict[float, Plan | None] = {}
         self._top = planner.budget.latency or 1.0
         self.steps: list[SearchStep] = []
 
@@ -283,7 +317,8 @@ class Search:
         BudgetError
             If the other limits cannot be kept.
         """
-        planner, timing, floor = self._planner, self._planner.timing, self._planner.floor()
+        planner, self._end_to_end = self._planner, end_to_end
+        floor = min(planner.floor(), self._top)
         if planner.budget.limits:
             planner.plan(self._top)
         low, high, found = floor, self._top, False
@@ -293,18 +328,17 @@ class Search:
                 high, found = middle, True
             else:
                 low = middle
-        if not found and not (planner.budget.limits and self._try(self._top, False, progress)):
+        if not found and not (planner.budget.limits and self._try(self._top, True, progress)):
             return self._nothing()
-        plan = self._plan(high)
-        if end_to_end is not None and timing is not None and plan is not None and not planner.has_other_limits:
-            kept = end_to_end.without_idle(plan, timing)
+        plan, kept = self._plan(high), self._without_idle(self._plan(high))
+        if plan is not None and kept is not None:
             self._dense = frozenset(plan.chosen.keys() - kept.chosen.keys())
         return self._confirmed(high, floor, progress)
 
     def _confirmed(self, high: float, floor: float, progress: Progress) -> Found:
         """Return the tightest of a few plans, fitted in full, that holds on both parts."""
         for latency in self._to_be_tried(high, floor, progress):
-            plan = self._plan(latency)
+            plan = self._plan_to_fit(latency)
             if plan is None:
                 continue
             if not plan.chosen:
@@ -336,7 +370,9 @@ class Search:
             else:
                 low = at
                 at = (at + (held[-1] if held else high)) / 2
-        return [*sorted(held), high, *looser]
+        if self._planner.budget.limits:
+            looser.append(self._top)  # of all plans within the limits the one of least loss
+        return list(dict.fromkeys([*sorted(held), high, *looser]))
 
     def _plan(self, latency: float) -> Plan | None:
         """Return the plan for a latency; None where that is out of reach, be it by what was measured since."""
@@ -345,8 +381,20 @@ class Search:
         except BudgetError:
             return None
 
+    def _without_idle(self, plan: Plan | None) -> Plan | None:
+        timing = self._planner.timing
+        if plan is None or timing is None or self._end_to_end is None or self._planner.has_other_limits:
+            return plan
+        return self._end_to_end.without_idle(plan, timing)
+
+    def _plan_to_fit(self, latency: float) -> Plan | None:
+        """Return the plan for a latency without idle layers, the same one whenever it is asked for."""
+        if latency not in self._paying:
+            self._paying[latency] = self._without_idle(self._plan(latency))
+        return self._paying[latency]
+
     def _try(self, latency: float, full: bool, progress: Progress) -> bool:
-        plan = self._plan(latency)
+        plan = self._plan_to_fit(latency) if full else self._plan(latency)
         if plan is None:
             progress.step(f"latency {latency:.3f}: not reachable")
             return False

@@ -5,17 +5,20 @@ law,
 
     loss = a e^p,
 
-laid through one or two probes of the layer: compressed candidates that are put into the network one at a time, each
-with its own error and the relative squared change of the outputs that came of it. Low-rank forms and kept channels have
-laws of their own: at the same error, kept channels do two to six times as much to the outputs of VGG-16. An error of
-the last layer reaches the outputs as it is; one before a wide, redundant layer is averaged away as long as it is small
-(p > 1). The knapsack over plain layer errors does not know the difference, and that over one probe takes small errors
-for dearer than they are.
+laid through up to three probes of the layer: compressed candidates that are put into the network one at a time, each
+with its own error and the relative squared change of the outputs that came of it. Between two probes the power p is
+theirs, beyond the largest that of the last two; below the smallest it is 1, since a network answers to small errors in
+proportion. Low-rank forms and kept channels have laws of their own: at the same error, kept channels do two to six
+times as much to the outputs of VGG-16. An error of the last layer reaches the outputs as it is; one before a wide,
+redundant layer is averaged away as long as it is small (p > 1). The knapsack over plain layer errors does not know the
+difference, that over one probe takes small errors for dearer than they are, and that over two, laid on below them,
+takes tiny ones for nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -33,7 +36,7 @@ from onnx_lrs.solvers.problem import AnyFactors
 from onnx_lrs.work import Work
 
 KIND = "sensitivity"  # of what is kept
-PROBE_ERRORS = (0.01, 0.1)  # relative squared errors of the probes: plans at 0.8 to 0.3 of the parameters lie between
+PROBE_ERRORS = (0.001, 0.01, 0.1)  # relative squared errors of the probes: what plans give a layer lies around them
 APART = 4.0  # at least, the errors of two probes: a change is uncertain by a third, the power would be read off that
 POWERS = (0.5, 2.0)  # an error that is averaged away has 1 to 1.5 (docs/losses.md); steeper ones are noise
 # Of a layer's level around the median of all layers, at the middle of the probes. Measured levels of VGG-16 and
@@ -50,16 +53,24 @@ Points = Mapping[Kind, Sequence[Point]]  # of one layer, by rising error
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """The relative squared error of the outputs with one layer of a relative squared error e: ``scale * e**power``."""
+    """The relative squared error of the outputs with one layer of a relative squared error, through some points.
 
-    scale: float = 1.0
+    ``points`` rise. Straight lines between their logs; below the first in proportion, beyond the last to ``power``.
+    """
+
+    points: tuple[Point, ...] = ((1.0, 1.0),)
     power: float = 1.0
 
     def loss(self, error: float) -> float:
         """Return what a layer's error makes of the outputs; none of none."""
         if error <= 0:
             return 0.0
-        return float(self.scale * error**self.power)
+        (first, low), (last, high) = self.points[0], self.points[-1]
+        if error <= first:
+            return low * error / first
+        if error >= last:
+            return float(high * (error / last) ** self.power)
+        return float(np.exp(np.interp(np.log(error), *np.log(self.points).T)))
 
 
 def kind_of(form: str) -> Kind:
@@ -70,7 +81,7 @@ def kind_of(form: str) -> Kind:
 def probes_of(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return for each kind of form the candidates whose losses are nearest to PROBE_ERRORS on a log scale.
 
-    Two, or one if they are close.
+    Fewer where those are close to each other: then the largest ones, which are the furthest from rounding.
     """
     kinds = dict.fromkeys(kind_of(c.form) for c in candidates)
     return [probe for kind in kinds for probe in _probes_of([c for c in candidates if kind_of(c.form) == kind])]
@@ -78,10 +89,12 @@ def probes_of(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _probes_of(candidates: Sequence[Candidate]) -> list[Candidate]:
     usable = [c for c in candidates if c.loss > 0]
-    found = [min(usable, key=lambda c: abs(np.log(c.loss / at))) for at in PROBE_ERRORS if usable]
-    if len(found) == 2 and found[1].loss < APART * found[0].loss:
-        del found[0]  # the larger error is the further from rounding
-    return found
+    nearest = [min(usable, key=lambda c: abs(np.log(c.loss / at))) for at in PROBE_ERRORS if usable]
+    found: list[Candidate] = []
+    for probe in sorted(nearest, key=lambda c: -c.loss):
+        if not found or probe.loss * APART <= found[-1].loss:
+            found.append(probe)
+    return found[::-1]
 
 
 def laws(measured: Mapping[str, Points], bound: float = BOUND) -> dict[str, dict[Kind, Law]]:
@@ -96,36 +109,50 @@ def laws(measured: Mapping[str, Points], bound: float = BOUND) -> dict[str, dict
 def _laws(measured: Mapping[Row, Sequence[Point]], bound: float) -> dict[Row, Law]:
     """Return the law of each row of points; a row is one kind of form in one layer.
 
-    One with one usable point gets the median power of those with two. Levels are bounded around their median;
-    one that moves nothing is at the lower bound, one whose outputs are not finite at the upper one.
+    Where a row has no point the median power of those with several leads there. Levels are bounded around their
+    median; one that moves nothing is at the lower bound, one whose outputs are not finite at the upper one.
     """
-    middle = float(np.mean(np.log(PROBE_ERRORS)))
     logs = {
-        node: np.log([point for point in points if 0 < point[1] < np.inf]).reshape(-1, 2)
-        for node, points in measured.items()
+        row: np.log([point for point in points if 0 < point[1] < np.inf]).reshape(-1, 2)
+        for row, points in measured.items()
     }
-    powers = {node: _slope(own) for node, own in logs.items() if len(own) > 1}
-    usual = float(np.median(list(powers.values()))) if powers else 1.0
-    levels = {
-        node: float(np.mean(own[:, 1] + powers.get(node, usual) * (middle - own[:, 0])))
-        for node, own in logs.items()
-        if len(own)
-    }
-    if not levels:
+    powers = [_slope(own[0], own[-1]) for own in logs.values() if len(own) > 1]
+    usual = float(np.median(powers)) if powers else 1.0
+    lines = {row: _line(own, usual) for row, own in logs.items() if len(own)}
+    if not lines:
         return {}
+    middle = float(np.mean(np.log(PROBE_ERRORS)))
+    levels = {row: float(np.interp(middle, *line.T)) for row, line in lines.items()}
     median, most = float(np.median(list(levels.values()))), float(np.log(bound))
     found = {}
-    for node, points in measured.items():
-        silent = all(change == 0 for _, change in points)
-        level = levels.get(node, median - most if silent else median + most)
-        power = powers.get(node, usual)
-        found[node] = Law(float(np.exp(np.clip(level, median - most, median + most) - power * middle)), power)
+    for row, points in measured.items():
+        if row in lines:
+            line, power = lines[row], usual if len(logs[row]) == 1 else _slope(*logs[row][-2:])
+            line = line + np.array([0.0, np.clip(levels[row], median - most, median + most) - levels[row]])
+        else:
+            silent = all(change == 0 for _, change in points)
+            line, power = _line(np.array([[middle, median - most if silent else median + most]]), usual), usual
+        found[row] = Law(tuple((float(error), float(change)) for error, change in np.exp(line)), power)
     return found
 
 
-def _slope(logs: NDArray[np.float64]) -> float:
-    (first, low), (last, high) = logs[0], logs[-1]
-    return float(np.clip((high - low) / (last - first), *POWERS))
+def _line(logs: NDArray[np.float64], usual: float) -> NDArray[np.float64]:
+    """Return the logs of a row's points as a line whose powers are possible, from the smallest probe to the largest.
+
+    Where powers are noise the line lies in the middle of the points. Shape (n, 2).
+    """
+    steps = [_slope(one, other) * (other[0] - one[0]) for one, other in itertools.pairwise(logs)]
+    rising = np.cumsum([0.0, *steps])
+    line = np.stack([logs[:, 0], rising + np.mean(logs[:, 1] - rising)], axis=1)
+    ends = np.log(PROBE_ERRORS[0]), np.log(PROBE_ERRORS[-1])
+    (first, low), (last, high) = line[0], line[-1]
+    before = [(ends[0], low - usual * (first - ends[0]))] if first > ends[0] else []
+    after = [(ends[1], high + usual * (ends[1] - last))] if last < ends[1] else []
+    return np.array([*before, *line, *after])
+
+
+def _slope(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    return float(np.clip((other[1] - one[1]) / (other[0] - one[0]), *POWERS))
 
 
 def probed(

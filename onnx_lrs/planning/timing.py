@@ -35,6 +35,7 @@ from onnx_lrs.runtime.session import Feed, Session
 from onnx_lrs.runtime.table import Device, Entry, Table
 from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import spread
+from onnx_lrs.solvers.projected import tucker_params
 
 NS_PER_MS = 1e6
 DENSE = Shape()
@@ -102,6 +103,7 @@ class Timing:
         self.table = table
         shapes = measure_shapes(subject.folded, subject.view, sorted(tensors_around(subject.layers)), feed, 1)
         self._smalls = {la.node: small_of(subject.view, la, shapes, subject.params) for la in subject.layers}
+        self._layers = {self._smalls[layer.node]: layer for layer in subject.layers}
         self._gathers = {la.node: not _frees_producer(subject, la) for la in subject.layers}
         self._estimates: dict[tuple[str, str], float] = {}
         self._dense_ms: dict[str, float] = {}
@@ -121,6 +123,11 @@ class Timing:
     def device(self) -> Device:
         """What the latencies hold for."""
         return self.table.device
+
+    @property
+    def exported(self) -> Table:
+        """What the table knows of this model and its layers."""
+        return self.table.part({small.key for small in self._smalls.values()}, {self._model})
 
     @property
     def count(self) -> int:
@@ -145,8 +152,9 @@ class Timing:
         for small, every in self._shapes.items():
             self._measure(small, _grid(every))
             self._interpolate(small)
+            if self.is_here:
+                self.table.keep()
             progress.step(small.op)
-        self.table.keep()
         self.before = self.now = round(NS_PER_MS * self.original_ms)
 
     def _original_ms(self) -> float:
@@ -183,13 +191,22 @@ class Timing:
 
     def _interpolate(self, small: Small) -> None:
         shapes, known = self._shapes[small], self.table.layers[small.key].ratios
-        for shape, ratio in _interpolated(shapes, known).items():
+        for shape, ratio in _interpolated([*shapes, *self._told(small)], known).items():
             self._estimates[small.key, shape.key] = ratio
         for shape in shapes:
             if shape != DENSE and shape.key not in known and (small.key, shape.key) not in self._estimates:
                 raise self._lacking(
                     f"the form {shape.form!r} of a layer ({small.op} {small.input_shape} -> {small.out})"
                 )
+
+    def _told(self, small: Small) -> list[Shape]:
+        """Return what else the table knows of a layer: ranks that other runs, or other data, had among theirs."""
+        layer, own = self._layers[small], {shape.key for shape in self._shapes[small]}
+        found = [Shape.of_key(key) for key in self.table.layers[small.key].ratios if key not in own]
+        sizes = layer.channels, layer.out, layer.taps
+        return [
+            dataclasses.replace(s, weights=tucker_params(*sizes, (s.inner, s.rank))) if s.inner else s for s in found
+        ]
 
     def _shape(self, layer: Layer, candidate: Candidate | None, outputs: int | None = None) -> Shape:
         if candidate is None or candidate.elements or candidate.form.endswith("elements"):
@@ -359,7 +376,11 @@ def _interpolated(shapes: Sequence[Shape], known: Mapping[str, float]) -> dict[S
             found |= _on_lines(group, known)
             continue
         low, kept = [_alone(s, "low-rank") for s in group], [_alone(s, "channels") for s in group]
-        parts = _on_lines(low, known, every=True) | _on_lines(kept, known, every=True)
+        parts = {
+            shape: ratio
+            for part, name in ((low, "low-rank"), (kept, "channels"))
+            for shape, ratio in _on_lines([*part, *_beside(part[0], name, shapes)], known, every=True).items()
+        }
         ends = [(s, a, b) for s, a, b in zip(group, low, kept, strict=True) if a in parts and b in parts]
         sums = {s: parts[a] + parts[b] for s, a, b in ends}
         least = {s: max(parts[a], parts[b]) for s, a, b in ends}
@@ -367,6 +388,11 @@ def _interpolated(shapes: Sequence[Shape], known: Mapping[str, float]) -> dict[S
         extra = float(np.median(more)) if more else 0.0
         found |= {s: max(total + extra, least[s]) for s, total in sums.items() if s.key not in known}
     return found
+
+
+def _beside(one: Shape, form: str, shapes: Sequence[Shape]) -> list[Shape]:
+    """Return the shapes of a form whose outputs and channels are as those of another shape."""
+    return [s for s in shapes if (s.form, s.outputs, s.gathered) == (form, one.outputs, one.gathered)]
 
 
 def _alone(shape: Shape, form: str) -> Shape:
@@ -379,7 +405,7 @@ def _alone(shape: Shape, form: str) -> Shape:
 def _on_lines(group: Sequence[Shape], known: Mapping[str, float], every: bool = False) -> dict[Shape, float]:
     """Return the ratios of one form along its rank or its kept channels; with ``every`` those of measured ones too."""
     points: dict[int, list[float]] = {}
-    for s in group:
+    for s in dict.fromkeys(group):
         if s.key in known:
             points.setdefault(s.size, []).append(known[s.key])
     if not points:

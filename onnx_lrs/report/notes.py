@@ -136,6 +136,8 @@ def latency_notes(job: Job, outcome: Outcome, totals: tuple[Totals, Totals]) -> 
     notes, wanted, (before, after) = _file_notes(job, outcome), job.budget.latency, totals
     if wanted is None or before.latency_ms is None or after.latency_ms is None:
         return notes
+    if outcome.timing is not None and not outcome.timing.is_here:  # the limit is another device's
+        return notes
     real = after.latency_ms / before.latency_ms
     if real > wanted * SLOWER:
         kept = f"--latency {wanted:g} was kept to when the plan was made"

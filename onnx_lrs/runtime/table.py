@@ -6,11 +6,13 @@ its time relative to the dense layer's, both measured in turn, so that an entry 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from onnx_lrs.errors import ConfigError, OutputError
@@ -120,14 +122,33 @@ class Table:
             raise ValueError("a latency that is not a positive number")
 
     def keep(self) -> None:
-        """Write the table to its file; a cache that cannot be written is no error."""
+        """Write the table to its file; a cache that cannot be written is no error.
+
+        What another run has put there meanwhile stays.
+        """
         if self._place is None:
             return
-        try:
+        with contextlib.suppress(OSError, OutputError):
             self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._join_what_was_kept()
             self.write(self._place)
-        except (OSError, OutputError):
-            return
+
+    def _join_what_was_kept(self) -> None:
+        assert self._place is not None
+        other = Table(self.device)
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            other._take(json.loads(self._place.read_text(encoding="utf-8")))
+        self.models = other.models | self.models
+        for key, entry in other.layers.items():
+            own = self.layers.setdefault(key, entry)
+            own.ratios = entry.ratios | own.ratios
+
+    def part(self, layers: Collection[str], models: Collection[str]) -> Table:
+        """Return what the table knows of some layers and models, by key: what one run needs and no other told it."""
+        found = Table(self.device)
+        found.layers = {key: entry for key, entry in self.layers.items() if key in layers}
+        found.models = {key: ms for key, ms in self.models.items() if key in models}
+        return found
 
     def write(self, place: pathlib.Path) -> None:
         """Write the table to a file, in one piece.
