@@ -83,7 +83,9 @@ def compress(
     Raises
     ------
     OnnxLrsError
-        One of its subclasses in :mod:`onnx_lrs.errors`; nothing has been written then.
+        One of its subclasses in :mod:`onnx_lrs.errors`; nothing has been written then, unless the message says that the
+        model was and only a file beside it is missing. Where that is the page of ``config.report`` the error's
+        attribute ``record`` is the :class:`Result`.
     """
     settings = config or Config()
     if budget is not None:

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from onnx_lrs.config import GIB, LEAST_ROUNDS, Budget, CompareConfig, Config, Cu
 from onnx_lrs.errors import ConfigError, OnnxLrsError, OutputError
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.comparison import Comparison
-from onnx_lrs.report.record import write_text
+from onnx_lrs.report.record import check_file, write_text
 from onnx_lrs.report.result import Inspection, Result
 
 INTERRUPTED = 130
@@ -527,12 +528,7 @@ def _check_report(name: str, given: Mapping[str, Any]) -> None:
     """Refuse a report's file that would destroy another one, or cannot be written."""
     report = Path(given[name])
     _refuse_same(f"--{name}", given, name, ("model", "models", "output", "data", "test", "labels", *BESIDE))
-    if report.is_dir() or not report.parent.is_dir():
-        raise OutputError(
-            f"The report cannot be written to {report}: {'it' if report.is_dir() else report.parent} is "
-            f"{'a folder' if report.is_dir() else 'not a folder'}.",
-            "Name a file in a folder that exists.",
-        )
+    check_file(report, f"--{name}")
 
 
 def _refuse_same(flag: str, given: Mapping[str, Any], written: str, read: Sequence[str]) -> None:
@@ -600,7 +596,7 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] =
     """
     given = sys.argv[1:] if argv is None else list(argv)
     args = parse(given)
-    args.call = shlex.join(["onnx-lrs", *given])
+    args.call = (subprocess.list2cmdline if os.name == "nt" else shlex.join)(["onnx-lrs", *given])
     os.environ.setdefault(*NO_TELEMETRY)
     try:
         return _run(args, commands[args.command])
@@ -625,8 +621,13 @@ def _run(args: argparse.Namespace, command: Command) -> int:
 
     _check_files(args)
     config = config_from(args)
-    with ConsoleProgress(quiet=args.quiet) as progress:
-        report = command(args, config, progress)
+    try:
+        with ConsoleProgress(quiet=args.quiet) as progress:
+            report = command(args, config, progress)
+    finally:
+        found = getattr(sys.exc_info()[1], "record", None)  # of a run whose page could not be made
+        if found is not None:
+            _publish(found, args)
     try:
         _publish(report, args)
     except KeyboardInterrupt:

@@ -74,7 +74,7 @@ def compare(request: Request) -> Comparison:
         call=request.call,
     )
     if config.report is not None:
-        publish(pathlib.Path(config.report), found.to_html, request.progress)
+        publish(pathlib.Path(config.report), found, request.progress)
     return found
 
 
@@ -94,8 +94,7 @@ def _check(request: Request) -> None:
     if request.labels is not None and request.data is None:
         raise ConfigError("Labels were given without data.", "Labels belong to samples: give --data as well.")
     if request.config.report is not None:
-        read = [pathlib.Path(source) for source in request.models if not isinstance(source, onnx.ModelProto)]
-        check_place(pathlib.Path(request.config.report), read)
+        check_place(pathlib.Path(request.config.report), [*request.models, request.data, request.labels])
 
 
 def _entrants(request: Request, folder: pathlib.Path) -> list[Entrant]:

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
-import tempfile
 
 import numpy as np
 import onnx
@@ -45,6 +44,7 @@ from onnx_lrs.report.notes import (
     opening_notes,
     side_notes,
 )
+from onnx_lrs.report.record import check_folder
 from onnx_lrs.report.result import (
     Certificate,
     Changes,
@@ -79,7 +79,7 @@ def compress(job: Job) -> Result:
     found = _run(job, Clock(job.progress))
     if job.config.report is not None:
         written = "" if found.output is None else f"{found.output} was already written"
-        publish(pathlib.Path(job.config.report), found.to_html, job.progress, written)
+        publish(pathlib.Path(job.config.report), found, job.progress, written)
     return found
 
 
@@ -98,15 +98,14 @@ def _run(job: Job, clock: Clock) -> Result:
         work = stack.enter_context(_open_work(job, material, clock))
         notes = _told(job, opening_notes(job, subject, material))
         outcome = plan_and_fit(job, subject, material, (work, feed), clock)
-        factors = {node: f.factors for node, f in outcome.fitted.items()}
         with clock.stage("rewrite"):
-            rewritten = rewrite(subject.view, subject.layers, factors, subject.ranks, scratch)
+            rewritten = rewrite(subject.view, subject.layers, outcome.factors, subject.ranks, scratch)
         verdict = _judge(job, subject, material, (rewritten.model, outcome, feed), clock)
         if verdict.unchanged:
             outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=(), plan=Plan({}))
             rewritten = Rewritten(original, {})
-        layers, curve = _layers(job, subject, rewritten, outcome, material.samples is not None)
         after = _write(job, rewritten.model, verdict.after, bool(outside), clock)
+        layers, curve = _layers(job, subject, rewritten, outcome, material.samples is not None)
         model = _handed_over(job, rewritten.model)
         _write_plan(job, subject, outcome, verdict)
     return Result(
@@ -126,6 +125,7 @@ def _run(job: Job, clock: Clock) -> Result:
         certificate=verdict.certificate,
         optimised=verdict.optimised,
         predicted_latency_ms=outcome.predicted_ms(verdict.before),
+        predicted_on=outcome.predicted_on,
         search=outcome.steps,
         unchanged=verdict.unchanged,
         dry_run=job.config.dry_run,
@@ -229,31 +229,23 @@ def check_request(job: Job) -> None:
         raise ConfigError(f"The output {job.output} is the input itself.", "Choose another name for -o.")
     if job.output.is_dir():
         raise OutputError(f"The output {job.output} is a folder.", "Give a file name, for example small.onnx.")
-    _check_folder(job.output.parent, "-o")
-
-
-def _check_folder(folder: pathlib.Path, flag: str) -> None:
-    if not folder.is_dir():
-        raise OutputError(f"The folder {folder} of {flag} does not exist.", "Create it first.")
-    try:  # access rights alone do not tell: the file system may be read-only, or not for files
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        remedy = f"Choose another folder for {flag}."
-        raise OutputError(f"The folder {folder} cannot be written to: {error.strerror or error}.", remedy) from None
+    check_folder(job.output.parent, "-o")
 
 
 def _check_files(job: Job) -> None:
     """Refuse files beside the model that could not be written at the end, or that would replace it."""
     if job.config.report is not None:
-        others = [None if isinstance(job.source, onnx.ModelProto) else job.source, job.output]
-        others += [job.config.plan, job.config.latency_table]
-        check_place(pathlib.Path(job.config.report), [pathlib.Path(other) for other in others if other is not None])
+        others = [job.source, job.inputs.data, job.inputs.labels, job.inputs.test]
+        others += [job.output, job.config.plan, job.config.latency_table]
+        if job.output is not None:
+            others.append(job.output.with_name(models.external_name(job.output)))
+        check_place(pathlib.Path(job.config.report), others)
     for flag, name in (("--plan", job.config.plan), ("--latency-table", job.config.latency_table)):
         if name is None:
             continue
         place = pathlib.Path(name)
         if not place.exists():  # else it is read
-            _check_folder(place.parent, flag)
+            check_folder(place.parent, flag)
         if job.output is not None and place.resolve() == job.output.resolve():
             raise ConfigError(f"{flag} {place} is the output itself.", "Choose another name.")
     plan, table = job.config.plan, job.config.latency_table
@@ -316,14 +308,14 @@ def _external_places(source: ModelSource) -> set[pathlib.Path]:
 
 
 def _refuse_to_overwrite(job: Job, outside: set[pathlib.Path]) -> None:
-    """Refuse an output whose files would replace the input's weights: a.onnx keeps them in b.onnx.data, -o b.onnx."""
-    if job.output is None:
-        return
-    for target in (job.output, job.output.with_name(models.external_name(job.output))):
+    """Refuse files that would replace the input's weights: a.onnx keeps them in b.onnx.data, -o b.onnx."""
+    written = [] if job.output is None else [job.output, job.output.with_name(models.external_name(job.output))]
+    for target in (*written, *([] if job.config.report is None else [pathlib.Path(job.config.report)])):
         if any(_same_file(target, place) for place in outside):
+            writing, flag = (job.output, "-o") if target in written else (target, "--report")
             raise ConfigError(
-                f"Writing {job.output} would overwrite {target}, which holds the input's weights.",
-                "Choose another name for -o.",
+                f"Writing {writing} would overwrite {target}, which holds the input's weights.",
+                f"Choose another name for {flag}.",
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import html.parser
@@ -731,15 +732,16 @@ def test_a_comparison_and_the_demo_write_one_too(shell):
 @pytest.mark.parametrize(
     ("place", "code", "said"),
     [
-        ("missing/page.html", 7, "not a folder"),
-        (".", 7, "it is a folder"),
+        ("missing/page.html", 7, "does not exist"),
+        (".", 7, "is a folder"),
         ("-", 2, "the page goes into a file"),
         ("", 7, "a folder"),
         ("model.onnx", 2, "would overwrite the model"),
         ("o.onnx", 2, "would overwrite the output"),
         ("data.npy", 2, "would overwrite the data"),
         ("r.json", 2, "name the same file"),
-        ("plan.json", 2, "would overwrite plan.json"),
+        ("plan.json", 2, "would overwrite the plan"),
+        ("o.onnx.data", 2, "would overwrite o.onnx.data"),
     ],
 )
 def test_a_place_that_will_not_do_is_refused_before_the_work(place, code, said, shell, capsys, monkeypatch):
@@ -793,6 +795,38 @@ def test_an_interruption_while_the_page_is_made_does_not_deny_the_model(shell, m
     assert not (shell / "page.html").exists()
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, errors.OutputError("The disk is full.", "Buy one."), ValueError])
+@pytest.mark.parametrize("kind", ["compress", "compare"])
+def test_what_a_run_found_is_not_lost_with_its_page(stop, kind, shell, monkeypatch, capsys):
+    def stopped(self):
+        raise stop
+
+    for record in (Result, Comparison):
+        monkeypatch.setattr(record, "to_html", stopped)
+    argv = ["model.onnx", "-o", "o.onnx", "--params", "0.5"]
+    if kind == "compare":
+        argv = ["compare", "model.onnx", "small.onnx", "--rounds", "20", "--threads", "1"]
+    argv += ["-q", "--report", "page.html", "--json", "r.json"]
+    with pytest.raises(ValueError, match=r"^$") if stop is ValueError else contextlib.nullcontext():
+        assert cli.main(argv) == (130 if stop is KeyboardInterrupt else 7)
+    assert json.loads((shell / "r.json").read_text())["call"] == shlex.join(["onnx-lrs", *argv])
+    assert not (shell / "page.html").exists()
+    told = capsys.readouterr().err
+    if isinstance(stop, errors.OutputError):
+        assert ("o.onnx was already written" in told) == (kind == "compress")
+
+
+def test_a_page_that_fails_hands_the_model_over_all_the_same(shell, monkeypatch):
+    def stopped(self):
+        raise errors.OutputError("The disk is full.", "")
+
+    monkeypatch.setattr(Result, "to_html", stopped)
+    config = Config(budget=Budget(params=0.5), report="page.html", threads=1)
+    with pytest.raises(errors.OutputError) as caught:
+        onnx_lrs.compress("model.onnx", config=config)
+    onnx.checker.check_model(caught.value.record.model)
+
+
 def test_a_page_replaces_the_old_one_or_leaves_it(shell, monkeypatch):
     place = shell / "page.html"
     place.write_text("old")
@@ -803,9 +837,9 @@ def test_a_page_replaces_the_old_one_or_leaves_it(shell, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full_disk)
         with pytest.raises(errors.OutputError, match="No space left"):
-            pages.publish(place, lambda: "new", Silent())
+            pages.publish(place, types.SimpleNamespace(to_html=lambda: "new"), Silent())
     assert place.read_text() == "old"
-    pages.publish(place, lambda: "new", Silent())
+    pages.publish(place, types.SimpleNamespace(to_html=lambda: "new"), Silent())
     assert place.read_text() == "new"
     assert sorted(p.name for p in shell.iterdir() if "page" in p.name) == ["page.html"]
 

@@ -302,12 +302,12 @@ PREDICTORS: dict[str, Callable[[Record], float]] = {
     "losses": lambda record: float(column(record, LOSS).sum()),
     "one probe": carried(np.inf, straight=True),
     "one probe, bound 2": carried(2.0, straight=True),
-    **{f"two probes, bound {bound:g}": carried(bound) for bound in sorted({4.0, BOUND})},
-    "two probes": carried(np.inf),
+    **{f"probes, bound {bound:g}": carried(bound) for bound in sorted({4.0, BOUND})},
+    "probes": carried(np.inf),
     "own changes": lambda record: float(column(record, OWN).sum()),
     "roots of own changes": lambda record: float(np.sqrt(column(record, OWN)).sum()),
 }
-PRESENT = f"two probes, bound {BOUND:g}"
+PRESENT = f"probes, bound {BOUND:g}"
 
 
 def spearman(records: Sequence[Record], predictor: str) -> float | None:

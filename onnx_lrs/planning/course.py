@@ -84,6 +84,16 @@ class Outcome:
     notes: tuple[str, ...] = ()
     curves: Curves = dataclasses.field(default_factory=dict)
 
+    @property
+    def factors(self) -> dict[str, AnyFactors]:
+        """What was fitted, by node."""
+        return {node: fitted.factors for node, fitted in self.fitted.items()}
+
+    @property
+    def predicted_on(self) -> str:
+        """The device that latency was predicted for, where that is another one; else empty."""
+        return "" if self.timing is None or self.timing.is_here else str(self.timing.device)
+
     def predicted_ms(self, before: Totals) -> float | None:
         """Return what the whole model is predicted to take beside what the original took, where latency decides."""
         if self.timing is None or self.plan is None:

@@ -216,7 +216,7 @@ def _search(result: Result) -> list[RenderableType]:
     """Return what was tried to find how fast the model gets within what may be lost."""
     if not result.search:
         return []
-    lost = f">Lost ({result.search[0].measure})"
+    lost = f">Lost ({words.measure_of(result.search)})"
     table = _table(
         ">Latency asked", ">Predicted", lost, "Layers fitted", "", title="Search, against the original model"
     )

@@ -7,10 +7,13 @@ report/plots.py; the templates beside this file only put it in order. Every text
 from __future__ import annotations
 
 import base64
+import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -18,9 +21,10 @@ if TYPE_CHECKING:
 from onnx_lrs.errors import ConfigError, OutputError
 from onnx_lrs.progress import Progress
 from onnx_lrs.report import words
-from onnx_lrs.report.record import write_text
+from onnx_lrs.report.record import check_file, write_text
 
 NEEDED = ("jinja2", "matplotlib")
+IMPORTED = ("jinja2", "matplotlib.figure", "matplotlib.backends.backend_svg")
 TEMPLATES = Path(__file__).with_name("templates")
 LONGEST = 1000  # characters of a text; names come from files and may be of any length
 LONGEST_NAME = 90
@@ -33,40 +37,52 @@ def check_extra() -> None:
     Raises
     ------
     ConfigError
-        If a library that pages need is not installed; with the command that installs it.
+        If a library that pages need is not installed or cannot be imported; with the command that installs it.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    remedy = 'Install what reports need: pip install "onnx-lrs[report]". --json writes a report without it.'
     if missing:
         raise ConfigError(
             f"A report needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            'Install what reports need: pip install "onnx-lrs[report]". --json writes a report without it.',
+            remedy,
         )
+    try:  # what is there may be of another time than numpy
+        for name in IMPORTED:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"A report needs {' and '.join(NEEDED)}, and one does not start: {error}.", remedy) from None
 
 
-def check_place(place: Path, others: Sequence[Path]) -> None:
-    """Refuse a page before the work starts that could not be written after it; ``others`` are not to be replaced.
+def check_place(place: Path, others: Iterable[object]) -> None:
+    """Refuse a page before the work starts that could not be written after it.
+
+    ``others`` are not to be replaced: those of them that are paths.
 
     Raises
     ------
     ConfigError
         If a library is missing, or the page would replace one of the other files.
     OutputError
-        If the place is a folder, or in none.
+        If the place is a folder, or its own folder is missing or cannot be written to.
     """
     check_extra()
     for other in others:
-        if place.resolve() == other.resolve():
+        if isinstance(other, str | os.PathLike) and place.resolve() == Path(other).resolve():
             raise ConfigError(f"--report {place} would overwrite {other}.", "Give it its own name.")
-    if place.is_dir() or not place.parent.is_dir():
-        raise OutputError(
-            f"The report cannot be written to {place}: {'it' if place.is_dir() else place.parent} is "
-            f"{'a folder' if place.is_dir() else 'not a folder'}.",
-            "Name a file in a folder that exists.",
-        )
+    check_file(place, "--report")
 
 
-def publish(place: Path, make: Callable[[], str], progress: Progress, written: str = "") -> None:
-    """Make a page and write it, as a stage of its own; ``written`` says what an interruption does not take back.
+class Paged(Protocol):
+    """A record that can be made into a page."""
+
+    def to_html(self) -> str:
+        """Return the page."""
+
+
+def publish(place: Path, found: Paged, progress: Progress, written: str = "") -> None:
+    """Make the page of a run and write it, as a stage of its own; ``written`` says what a failure does not take back.
+
+    The run is over by then: whatever stops the page carries what was found as its attribute ``record``.
 
     Raises
     ------
@@ -75,10 +91,21 @@ def publish(place: Path, make: Callable[[], str], progress: Progress, written: s
     """
     progress.stage("report", 1)
     try:
-        write_text(place, make())
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(written) from None
+        _write(place, found, written)
+    finally:
+        stopped: Any = sys.exc_info()[1]
+        if stopped is not None:
+            stopped.record = found
     progress.step(str(place))
+
+
+def _write(place: Path, found: Paged, written: str) -> None:
+    try:
+        write_text(place, found.to_html())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(written or "only the page is missing") from None
+    except OutputError as error:
+        raise OutputError(f"{error.message} {written}." if written else error.message, error.remedy) from None
 
 
 def page(template: str, content: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from onnx_lrs.report.words import COSTS, is_known
+from onnx_lrs.report.words import COSTS, is_known, measure_of
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -150,7 +150,7 @@ def search(steps: Sequence[SearchStep], limit: float | None) -> Markup:
         if limit is not None:
             axes.axhline(limit, color=INKS["mark"], linestyle="--", linewidth=1)
         axes.set_xlabel("latency foretold, of the original's")
-        axes.set_ylabel(f"{steps[0].measure} lost")
+        axes.set_ylabel(f"{measure_of(steps)} lost")
         axes.xaxis.set_major_formatter(_percent)
         axes.yaxis.set_major_formatter(_percent)
 

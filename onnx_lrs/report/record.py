@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,37 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse a folder that a file could not be written into at the end of a run.
+
+    Raises
+    ------
+    OutputError
+        If it is missing, or nothing can be written there; ``flag`` named the file.
+    """
+    if not folder.is_dir():
+        raise OutputError(f"The folder {folder} of {flag} does not exist.", "Create it first.")
+    try:  # access rights alone do not tell: the file system may be read-only, or not for files
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        remedy = f"Choose another folder for {flag}."
+        raise OutputError(f"The folder {folder} cannot be written to: {error.strerror or error}.", remedy) from None
+
+
+def check_file(place: Path, flag: str) -> None:
+    """Refuse a place that a text could not be written to at the end of a run; pipes and devices may be there.
+
+    Raises
+    ------
+    OutputError
+        If it is a folder, or its folder is missing or cannot be written to.
+    """
+    if place.is_dir():
+        raise OutputError(f"{flag} {place} is a folder.", "Name a file in a folder that exists.")
+    if place.is_file() or not place.exists():
+        check_folder(place.resolve().parent, flag)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -280,7 +280,8 @@ class Result(Report):
     are not in it, it refers to them as the file does. ``quality`` is None without data. ``notes`` are the plain
     sentences that the console shows as well. ``certificate`` is None without guarantees, or where they do not add up to
     one (a note says why). ``optimised`` is None where ONNX Runtime's own graph was not looked at.
-    ``predicted_latency_ms`` is what the plan was predicted to take, None where latency does not decide; ``search`` the
+    ``predicted_latency_ms`` is what the plan was predicted to take, None where latency does not decide, and
+    ``predicted_on`` the device that it is predicted for where that is not this machine, else empty; ``search`` the
     questions of a search for what ``max_drop`` allows. ``unchanged`` says why the original was kept, empty where it was
     not; with ``dry_run`` nothing was fitted, and errors are those that the plan counts with. ``changes`` tells of each
     output with classes which samples changed theirs, None without quality. ``pareto`` is what other budgets would have
@@ -305,6 +306,7 @@ class Result(Report):
     profile: dict[str, float] = dataclasses.field(default_factory=dict)
     optimised: Optimised | None = None
     predicted_latency_ms: float | None = None
+    predicted_on: str = ""
     search: tuple[SearchStep, ...] = ()
     unchanged: str = ""
     dry_run: bool = False

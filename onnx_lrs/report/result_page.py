@@ -99,6 +99,9 @@ def content(result: Result) -> dict[str, Any]:
         **_curves(result),
         **_planned(result),
         "skipped": result.skipped[:MOST_ROWS],
+        "more_skipped": max(len(result.skipped) - MOST_ROWS, 0),
+        "more_outputs": max(len(result.quality or ()) - MOST_OUTPUTS, 0),
+        "measure": words.measure_of(result.search),
         "reasons": _reasons(result),
         "settings": list(flat(result.settings)),
         "environment": list(flat(result.environment)),
@@ -142,20 +145,28 @@ def _inverse(ratio: float | None) -> float | None:
     return 1 / ratio if words.is_known(ratio) and ratio > 0 else None
 
 
+def _share(before: float | None, after: float | None) -> float | None:
+    """Return after / before; as the budget is checked, and not the inverse of a ratio, which is rounded twice."""
+    return after / before if words.is_known(before) and words.is_known(after) and before > 0 else None
+
+
 def _wishes(result: Result) -> Iterator[Wish]:
     """Yield each limit of the budget with what was reached."""
     budget: Mapping[str, float | None] = result.settings.get("budget") or {}
+    before, after = result.before, result.after
     left = {
-        "latency": _inverse(result.ratio.latency_ms),
-        "params": _inverse(result.ratio.params),
-        "macs": _inverse(result.ratio.macs),
-        "size": _inverse(result.ratio.file_bytes),
+        "latency": _share(before.latency_ms, after.latency_ms),
+        "params": _share(before.params, after.params),
+        "macs": _share(before.macs, after.macs),
+        "size": _share(before.file_bytes, after.file_bytes),
     }
     for kind, share in left.items():
         limit = budget.get(kind)
         if limit is not None:
             slack = SLOWER if kind == "latency" else 1.0
             met = "" if share is None else "met" if share <= limit * slack else "missed"
+            if kind == "latency" and result.predicted_on:  # the limit is another device's
+                met = ""
             yield Wish(f"{words.COSTS[kind]} left", f"at most {words.percent(limit)}", words.percent(share), met)
     if budget.get("max_drop") is not None:
         yield _drop_wish(result, budget["max_drop"])
@@ -166,10 +177,12 @@ def _wishes(result: Result) -> Iterator[Wish]:
 
 
 def _drop_wish(result: Result, limit: float | None) -> Wish:
+    if result.unchanged:  # what was handed out is the original
+        return Wish("quality lost", f"at most {words.percent(limit)}", words.percent(0.0), "met")
     last = next((step for step in reversed(result.search) if step.fit == "confirm"), None)
     if last is None:
         return Wish("quality lost", f"at most {words.percent(limit)}", words.UNKNOWN, "missed" if result.search else "")
-    met = "met" if last.held and not result.unchanged else "missed"
+    met = "met" if last.held else "missed"
     return Wish(f"{last.measure} lost", f"at most {words.percent(limit)}", words.percent(last.drop), met)
 
 
@@ -329,7 +342,7 @@ def _pareto_rows(found: Pareto) -> list[tuple[str, str, str, bool]]:
     shown = [p for i, p in enumerate(found.points) if i % step == 0 or i == len(found.points) - 1]
     if found.chosen is not None and found.chosen not in shown:
         shown = sorted([*shown, found.chosen], key=lambda p: p.fraction)
-    return [(words.percent(p.fraction), f"{p.loss:.3g}", str(p.layers), p == found.chosen) for p in shown]
+    return [(words.percent(p.fraction), _score(p.loss), str(p.layers), p == found.chosen) for p in shown]
 
 
 def _optimised(result: Result) -> list[tuple[str, int, int]]:

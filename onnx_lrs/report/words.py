@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from onnx_lrs.report.comparison import Timed
-    from onnx_lrs.report.result import LayerResult
+    from onnx_lrs.report.result import LayerResult, SearchStep
 
 UNKNOWN = "-"
 COSTS = {"latency": "latency", "params": "parameters", "macs": "multiply-accumulates", "size": "file size"}
@@ -29,6 +30,12 @@ def shortened(text: str, most: int) -> str:
 def is_known(value: float | None) -> TypeGuard[float]:
     """Return whether there is a finite number."""
     return value is not None and math.isfinite(value)
+
+
+def measure_of(search: Sequence[SearchStep]) -> str:
+    """Return what the steps of a search lose; one whose outputs were not finite has a measure of its own."""
+    known = [step for step in search if is_known(step.drop)] or list(search)
+    return known[-1].measure if known else ""
 
 
 def three_digits(value: float) -> str:

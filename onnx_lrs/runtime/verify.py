@@ -99,7 +99,7 @@ class Meter:
         self._sums = np.zeros(3)  # squared difference, squared reference, cosines
         self._agreements = np.zeros(2)
         self._correct = np.zeros(2)
-        self._classes = True
+        self._classes = self._by_sample = True
         self._labelled = 0
         self._changed = Changed(name)
 
@@ -125,7 +125,8 @@ class Meter:
         if self._classes:
             labels = labels if labels is not None and len(labels) == len(x) else None
             self._add_classes(x, y, labels)
-            if len(samples) == len(x):  # else rows of the output are no samples
+            self._by_sample &= len(samples) == len(x)
+            if self._by_sample:
                 self._changed.add(x, y, labels, samples)
 
     def _add_classes(self, x: NDArray[np.float64], y: NDArray[np.float64], labels: NDArray[np.int64] | None) -> None:
@@ -153,8 +154,8 @@ class Meter:
         )
 
     def changes(self) -> Changes | None:
-        """Return which samples have another class; None where the output has no classes."""
-        return self._changed.changes() if self._classes else None
+        """Return which samples have another class; None where the output has no classes, or its rows are no samples."""
+        return self._changed.changes() if self._classes and self._by_sample else None
 
 
 def compare_outputs(
