@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from onnx_lrs.calibration.subject import Subject, examine
 from onnx_lrs.graph.small import Shape
 from onnx_lrs.planning import timing as module
 from onnx_lrs.planning.prices import Plan, alive_after, saved
-from onnx_lrs.planning.timing import POINTS, Stopwatch, Timing, _agree, _grid, _interpolated
+from onnx_lrs.planning.timing import DENSE, POINTS, Stopwatch, Timing, _agree, _grid, _interpolated
 from onnx_lrs.progress import Silent
 from onnx_lrs.runtime.table import Device, Entry, Table
 from onnx_lrs.solvers import Candidate
@@ -356,6 +357,61 @@ def test_a_model_that_another_devices_table_lacks_is_an_error():
     table.models.clear()
     with pytest.raises(errors.ConfigError, match="lacks this model at this batch"):
         prepared(net(), table, here=False)
+
+
+def test_ranks_that_another_devices_table_has_instead_are_points_too():
+    """Other data had other candidates there; the latency of a rank lies on the line through those it knows."""
+    table = filled()
+    (entry,) = table.layers.values()
+    entry.ratios = {Shape("low-rank", rank).key: rank / 100 for rank in (4, 60)} | {
+        Shape("channels", 0, kept, None, gathered).key: kept / 100 for kept in (2, 60) for gathered in (True, False)
+    }
+    subject, timing = prepared(net(), table, here=False)
+    for c in candidates():
+        expected = 1e6 * (c.rank + len(c.support))
+        assert timing.of(subject.layers[0], c) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        DENSE,
+        low(8),
+        Shape("channels", 0, 8, 30, False),
+        Shape("low-rank + channels", 8, 12),
+        Shape("tucker", 8, inner=4),
+    ],
+)
+def test_a_shape_comes_back_from_its_key(shape):
+    assert Shape.of_key(shape.key) == shape
+
+
+def test_two_runs_at_once_keep_what_both_measured(tmp_path):
+    place = tmp_path / "table.json"
+    one, other = Table(HERE, place), Table(HERE, place)
+    one.layers["layer"], one.models["m"] = Entry(1.0, {"x": 0.5}), 3.0
+    other.layers |= {"layer": Entry(2.0, {"y": 0.7}), "another": Entry(1.0, {})}
+    one.keep()
+    other.keep()
+    kept = json.loads(place.read_text())
+    assert kept["layers"]["layer"] == {"dense_ms": 2.0, "ratios": {"x": 0.5, "y": 0.7}}
+    assert (set(kept["layers"]), kept["models"]) == ({"layer", "another"}, {"m": 3.0})
+    if os.name != "nt":
+        assert place.stat().st_mode & 0o777 == 0o666 & ~umask()  # as the model beside it
+
+
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def test_what_is_exported_is_of_this_model_alone():
+    table = filled()
+    table.layers["a secret"], table.models["another's"] = Entry(1.0, {"x": 0.5}), 2.0
+    _, timing = prepared(net(), table, here=False)
+    assert timing.exported.layers.keys() == table.layers.keys() - {"a secret"}
+    assert timing.exported.models.keys() == table.models.keys() - {"another's"}
 
 
 @pytest.mark.parametrize("form", ["low-rank,", "channels", "low-rank + channels"])
