@@ -56,6 +56,7 @@ from onnx_lrs.report.result import (
     Totals,
     ratio_of,
 )
+from onnx_lrs.report.tolerances import ROUNDING
 from onnx_lrs.runtime.examples import told
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.optimised import look_at_both
@@ -65,7 +66,6 @@ from onnx_lrs.solvers import METHODS, Candidate, Moments, Status
 from onnx_lrs.solvers.problem import Columns, ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors
 from onnx_lrs.work import Identity, Work, refuse_file
 
-ROUNDING = 1e-3  # of a bound: the file's float32 weights
 KEPT = (  # in a folder
     *(Candidate, Columns, Fitted, Moments, Statistic, Status),
     *(ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors),

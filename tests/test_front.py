@@ -14,11 +14,11 @@ from onnx_lrs import Budget, Config
 from onnx_lrs.planning.allocate import Choice, supported
 from onnx_lrs.planning.front import pareto, undominated
 from onnx_lrs.planning.plan import Curves, limits_of, make_plan
-from onnx_lrs.planning.prices import Plan
+from onnx_lrs.planning.prices import Plan, cost_of
 from onnx_lrs.report.result import ParetoPoint
 from tests import small_nets as nets
 from tests.test_plan import CHAINS, curve, loss_of
-from tests.test_prices import NETS, foretold, subject_of
+from tests.test_prices import NETS, subject_of
 
 
 def totals(layers: list[list[Choice]], plan: list[int]) -> tuple[int, float]:
@@ -82,7 +82,7 @@ def test_the_curve_counts_as_the_plan_does(name, kind):
         found = pareto(subject, curves, plan, Budget(**{kind: 0.7}), None)
         assert (found.kind, found.limit) == (kind, 0.7)
         assert found.chosen is not None
-        assert found.chosen.fraction == foretold(subject, price, plan) / price.before <= 0.7
+        assert found.chosen.fraction == cost_of(price, subject, plan) / price.before <= 0.7
         assert found.chosen.loss == pytest.approx(loss_of(plan))
         assert found.points[-1] == ParetoPoint(price.now / price.before, 0.0, 0)
         assert any(p.fraction <= found.chosen.fraction and p.loss <= found.chosen.loss for p in found.points)

@@ -11,9 +11,9 @@ from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.errors import BudgetError
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.planning.plan import Curves, Desk, limits_of, make_plan
-from onnx_lrs.planning.prices import Plan, alive_after
+from onnx_lrs.planning.prices import Plan, alive_after, cost_of
 from onnx_lrs.solvers import Candidate
-from tests.test_prices import NETS, foretold, subject_of
+from tests.test_prices import NETS, subject_of
 
 CHAINS = ("conv chain", "gemm chain without bias", "branches", "matmul")
 COUNTS = 3  # candidates of each form
@@ -42,7 +42,7 @@ def best_of_all(subject: Subject, curves: Curves, limit) -> float:
     least = np.inf
     for picked in itertools.product(*[[None, *curves[layer.node]] for layer in subject.layers]):
         plan = Plan({la.node: c for la, c in zip(subject.layers, picked, strict=True) if c is not None})
-        if loss_of(plan) < least and foretold(subject, limit.price, plan) <= limit.most:
+        if loss_of(plan) < least and cost_of(limit.price, subject, plan) <= limit.most:
             least = loss_of(plan)
     return least
 
@@ -62,7 +62,7 @@ def test_what_layers_save_each_other_is_seen(name, kind):
         blind = desk.starts()[0]
         assert desk.is_within(blind)
         plan = make_plan(subject, curves, limits)
-        assert foretold(subject, limits[0].price, plan) <= limits[0].most
+        assert cost_of(limits[0].price, subject, plan) <= limits[0].most
         assert loss_of(plan) <= blind.loss + 1e-9
         least = best_of_all(subject, curves, limits[0])
         gained += loss_of(plan) < 0.99 * blind.loss and bool(alive_after(subject, plan))
@@ -80,7 +80,7 @@ def test_two_limits_hold_at_once_with_dead_filters():
         curves = {layer.node: curve(layer, rng) for layer in subject.layers}
         limits = limits_of(subject, {"params": 0.5, "macs": 0.45}, None)
         plan = make_plan(subject, curves, limits)
-        assert all(foretold(subject, limit.price, plan) <= limit.most for limit in limits)
+        assert all(cost_of(limit.price, subject, plan) <= limit.most for limit in limits)
         died += bool(alive_after(subject, plan))
     assert died
 
@@ -105,6 +105,6 @@ def test_what_only_dead_filters_make_possible_is_found():
     limits = limits_of(subject, {"params": 0.35}, None)
     plan = make_plan(subject, curves, limits)
     assert len(plan.chosen) == len(subject.layers)
-    assert foretold(subject, limits[0].price, plan) <= limits[0].most
+    assert cost_of(limits[0].price, subject, plan) <= limits[0].most
     with pytest.raises(BudgetError, match=r"leave 0\.3\d\d of the params"):
         make_plan(subject, curves, limits_of(subject, {"params": 0.2}, None))

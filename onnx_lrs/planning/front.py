@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from onnx_lrs.calibration.subject import Subject
 from onnx_lrs.config import Budget
-from onnx_lrs.planning.plan import Curves, Desk, Limit, limits_of, loss_of
-from onnx_lrs.planning.prices import Plan, Price, alive_after, saved
+from onnx_lrs.planning.plan import EXACT, Curves, Desk, limits_of, loss_of
+from onnx_lrs.planning.prices import Plan, cost_of
 from onnx_lrs.planning.timing import Timing
 from onnx_lrs.report.result import Pareto, ParetoPoint
 
 PLANS = 32  # of each kind of costs; a plan takes milliseconds
-LOSSLESS = 1e-12  # a loss that is none: float32 makes as much
 
 
 def pareto(subject: Subject, curves: Curves, plan: Plan, budget: Budget, timing: Timing | None) -> Pareto:
@@ -43,23 +42,15 @@ def pareto(subject: Subject, curves: Curves, plan: Plan, budget: Budget, timing:
     ]
     chosen = None
     if plan.chosen:
-        chosen = ParetoPoint(_cost(limit, subject, plan) / whole, loss_of(plan), len(plan.chosen))
+        chosen = ParetoPoint(cost_of(limit.price, subject, plan) / whole, loss_of(plan), len(plan.chosen))
         found.append(chosen)
     return Pareto(kind, budget.limits.get(kind), tuple(undominated(found)), chosen)
-
-
-def _cost(limit: Limit, subject: Subject, plan: Plan) -> int:
-    """Return what the whole model costs with a plan."""
-    price: Price = limit.price
-    layers = [layer for layer in subject.layers if layer.node in plan.chosen]
-    more = sum(price.of(layer, plan.chosen[layer.node]) - price.dense(layer) for layer in layers)
-    return price.now + more - saved(price, subject, plan, alive_after(subject, plan))
 
 
 def undominated(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
     """Return the points that no other one beats in both cost and loss, by rising cost."""
     front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda p: (p.fraction, p.loss, p.layers)):
-        if not front or point.loss < front[-1].loss - LOSSLESS:
+        if not front or point.loss < front[-1].loss - EXACT:
             front.append(point)
     return front

@@ -26,7 +26,7 @@ from onnx_lrs.solvers import Candidate
 
 AROUND_ROUNDS = 6  # of solving the knapsack with costs that hold around the best plan so far
 LEAST_GAIN = 1e-3  # of the loss: less is not worth another of these rounds
-EXACT = 1e-12  # relative squared error of a layer: no more than float32 makes itself
+EXACT = 1e-12  # relative squared error: no more than float32 makes itself
 SHRINKS = 4  # of the limits in such a round
 Curves = Mapping[str, Sequence[Candidate]]
 Curve = tuple[list[Candidate], list[Probe]]  # of one layer, with its probes

@@ -70,6 +70,13 @@ def saved(price: Price, subject: Subject, plan: Plan, alive: Alive) -> int:
     return sum(price.less(layer, plan.chosen.get(layer.node), len(alive[layer.node])) for layer in layers)
 
 
+def cost_of(price: Price, subject: Subject, plan: Plan) -> int:
+    """Return what the whole model costs with a plan."""
+    layers = [layer for layer in subject.layers if layer.node in plan.chosen]
+    more = sum(price.of(layer, plan.chosen[layer.node]) - price.dense(layer) for layer in layers)
+    return price.now + more - saved(price, subject, plan, alive_after(subject, plan))
+
+
 class Params:
     """Parameters, biases included."""
 

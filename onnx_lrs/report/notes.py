@@ -9,18 +9,14 @@ from onnx_lrs.graph.model import takes_sparse
 from onnx_lrs.planning.candidates import LOW_RANK
 from onnx_lrs.planning.course import Outcome
 from onnx_lrs.planning.job import Job
-from onnx_lrs.report.result import (
-    LayerResult,
-    OutputQuality,
-    Totals,
-)
+from onnx_lrs.report.result import LayerResult, OutputQuality, Totals
+from onnx_lrs.report.tolerances import SLOWER
 from onnx_lrs.runtime.session import is_mapped
 from onnx_lrs.solvers import METHODS, Status
 from onnx_lrs.solvers.problem import ElementFactors
 
 ELEMENT_METHODS = tuple(name for name, method in METHODS.items() if "elements" in method.structures)
 HELD = 1.25  # times the allowed error on held-out samples is beyond chance
-SLOWER = 1.02  # times the latency: less may be noise
 POOR = 0.3  # relative error of an output beyond which the console warns
 NAMED = 5  # layers that a note calls by name
 

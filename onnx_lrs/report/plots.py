@@ -33,15 +33,15 @@ INKS = {  # no two alike, none of them matplotlib's own
     "elements": "#0a0b0c",
     "low-rank-elements": "#0b0c0d",
 }
-LINES: Mapping[str, Any] = {  # each form its own kind of line, for who does not see the colours
-    "low-rank": "-",
-    "channels": "--",
-    "low-rank + channels": "-.",
-    "spatial": ":",
-    "projected": (0, (5, 1)),
-    "tucker": (0, (3, 1, 1, 1)),
-    "elements": "--",
-    "low-rank + elements": "-.",
+LINES: Mapping[str, tuple[float, ...]] = {  # strokes and gaps of each form, for who does not see the colours
+    "low-rank": (),
+    "channels": (5, 3),
+    "low-rank + channels": (6, 2, 1.5, 2),
+    "spatial": (1.5, 2),
+    "projected": (7, 1.5),
+    "tucker": (4, 1.5, 1.5, 1.5),
+    "elements": (5, 3),
+    "low-rank + elements": (6, 2, 1.5, 2),
 }
 SHAPES = {"alone": "o", "confirm": "D"}  # of the steps of a search, by how layers were fitted; others are squares
 SETTINGS: Mapping[str, Any] = {
@@ -73,6 +73,11 @@ def ink(form: str) -> str:
     return form.replace(" + ", "-")
 
 
+def dashes(form: str) -> str:
+    """Return the strokes and gaps of a form's line as SVG writes them; empty for a line in one piece."""
+    return " ".join(f"{length:g}" for length in LINES[form])
+
+
 def curve(layer: LayerResult, salt: str) -> Markup:
     """Return how a layer's error falls with the weights that it keeps, form by form, what the plan took marked."""
     points = [point for point in layer.curve if is_known(point.error)]
@@ -81,7 +86,8 @@ def curve(layer: LayerResult, salt: str) -> Markup:
         for form in dict.fromkeys(point.form for point in points):
             own = [point for point in points if point.form == form]
             mark = "o" if len(own) == 1 else ""
-            axes.plot(*_places(layer, own), color=INKS[ink(form)], linestyle=LINES[form], marker=mark, markersize=3)
+            style = (0, LINES[form] or None)
+            axes.plot(*_places(layer, own), color=INKS[ink(form)], linestyle=style, marker=mark, markersize=3)
         _ring(axes, *_places(layer, [point for point in points if point.chosen]))
         axes.set_xlim(0, 1)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1])

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnx_lrs.report import words
+from onnx_lrs.report.tolerances import ROUNDING, SLOWER
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -19,18 +20,6 @@ MOST_ROWS = 200  # of a table; the JSON holds all
 MOST_PLOTS = 40
 MOST_OUTPUTS = 50
 MOST_EXAMPLES = 48  # of all outputs together: each may bring a picture
-SLOWER = 1.02  # times the latency that was asked for: less may be noise of the last measurement
-ROUNDING = 1e-3  # of a guaranteed error: the file's float32 weights
-DASHES = {  # of the lines in the legend, as the plots draw them
-    "low-rank": "",
-    "channels": "5 3",
-    "low-rank + channels": "6 2 1.5 2",
-    "spatial": "1.5 2",
-    "projected": "7 1.5",
-    "tucker": "4 1.5 1.5 1.5",
-    "elements": "5 3",
-    "low-rank + elements": "6 2 1.5 2",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +298,7 @@ def _curves(result: Result) -> dict[str, Any]:
     forms = sorted({point.form for layer in shown for point in layer.curve})
     return {
         "curves": [CurvePlot(la.name, _caption(la), plots.curve(la, f"curve {i}")) for i, la in enumerate(shown)],
-        "legend": [(form, plots.ink(form), DASHES[form]) for form in forms],
+        "legend": [(form, plots.ink(form), plots.dashes(form)) for form in forms],
         "more_curves": len(known) - len(shown),
     }
 
