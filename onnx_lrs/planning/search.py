@@ -23,7 +23,7 @@ from onnx_lrs.graph.rewrite import rewrite
 from onnx_lrs.graph.small import Shape, random_elements, random_factors
 from onnx_lrs.planning.fitting import Fitter, candidate_key
 from onnx_lrs.planning.gate import Drop, Gate
-from onnx_lrs.planning.plan import Limit, limits_of, make_plan
+from onnx_lrs.planning.plan import Limit, limits_of, loss_of, make_plan
 from onnx_lrs.planning.prices import CHANNELS, Plan
 from onnx_lrs.planning.timing import Stopwatch, Timing
 from onnx_lrs.progress import Progress, Silent
@@ -34,7 +34,7 @@ from onnx_lrs.solvers import Candidate
 from onnx_lrs.solvers.problem import AnyFactors
 
 REFINEMENTS = 6  # of a plan by measuring what it picked
-ROUNDS = 4  # of correcting the limit by what the whole network takes
+ROUNDS = 6  # of correcting the limit by what the whole network takes
 CALIBRATIONS = 2  # of what layers take by what the whole network takes
 CLOSE = 0.97  # of the limit: what a plan leaves of it is not worth another round
 SECONDS = 3.0  # of timing a plan against the original
@@ -249,8 +249,10 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
         nearest = min(nearest, real)
         if real > wanted:
             high = min(high, given)
-        elif given > loosest:
-            best, loosest = (kept, real), given
+        else:
+            loosest = max(loosest, given)
+            if best is None or loss_of(kept) <= loss_of(best[0]):  # a looser one may be without layers
+                best = kept, real
         if CLOSE * wanted <= real <= wanted or loosest == 1.0:
             break
         given = _corrected(given, wanted / real, max(low, loosest), high)
