@@ -205,9 +205,15 @@ class Desk:
 
         Where a knapsack that does not see what layers save each other finds none within the limits: the smallest one.
         """
+        return [self._start(offered) for offered in self._offers()]
+
+    def _offers(self) -> list[list[list[int]]]:
+        """Return which options of each layer a knapsack may take: all; where layers are coupled, also channels only."""
         every = [list(range(len(options))) for options in self._options]
+        if not self._is_coupled:
+            return [every]
         narrow = [[i for i in some if _is_narrowing(o[i])] for some, o in zip(every, self._options, strict=True)]
-        return [self._start(offered) for offered in ([every, narrow] if self._is_coupled else [every])]
+        return [every, narrow]
 
     @functools.cached_property
     def _is_coupled(self) -> bool:
@@ -231,11 +237,10 @@ class Desk:
         They come from three kinds of costs, at most so many from each: of layers alone, of kept channels alone, and
         those that hold beside ``plan``.
         """
-        every = [list(range(len(options))) for options in self._options]
-        narrow = [[i for i in some if _is_narrowing(o[i])] for some, o in zip(every, self._options, strict=True)]
-        offers = [(self._choices, every)]
+        every, *narrow = self._offers()
+        offers = [(self._choices, offered) for offered in (every, *narrow)]
         if self._is_coupled:
-            offers += [(self._choices, narrow), (self._choices_beside(plan), every)]
+            offers.append((self._choices_beside(plan), every))
         found = []
         for choices, offered in offers:
             own = [[of[i] for i in some] for of, some in zip(choices, offered, strict=True)]
