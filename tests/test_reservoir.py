@@ -27,7 +27,7 @@ from onnx_lrs.data import open_samples
 from onnx_lrs.graph.layers import Geometry, Layer, bias_row, find, weight_matrix
 from onnx_lrs.graph.model import View, signature
 from onnx_lrs.graph.rewrite import rewrite
-from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench
+from onnx_lrs.planning.candidates import FIT, JUDGE, SELECT, Bench, candidates_of, solution_of, solution_within
 from onnx_lrs.progress import Silent
 from onnx_lrs.solvers import METHODS
 from onnx_lrs.solvers.activation import LINEAR, RELU
@@ -367,7 +367,7 @@ def test_a_small_memory_keeps_a_prefix():
 
 
 def bench_of(net, method="hsvd"):
-    return Bench(View(net.model), method, 1, GIB, 1, with_columns=True)
+    return Bench(View(net.model), method, 1, GIB, with_columns=True)
 
 
 def test_a_problem_gets_bias_activation_and_columns():
@@ -396,7 +396,7 @@ def test_an_activation_that_sees_more_than_the_layer_is_not_put_on_the_layer_alo
     view = View(make(nodes, {"x": (3, 40), "t": (3, 32)}, ("z",), weights))
     (layer,), _ = find(view)
     assert layer.activation == RELU
-    bench = Bench(view, "hsvd", 1, GIB, 1, with_columns=True)
+    bench = Bench(view, "hsvd", 1, GIB, with_columns=True)
     assert bench._problem(layer, {})[1].activation == expected
 
 
@@ -410,9 +410,10 @@ def test_a_guarantee_in_front_of_a_clip_is_the_linear_one(method):
         gemm = helper.make_node("Gemm", ["x", "w", "b"], ["y"])
         view = View(make([gemm, behind], {"x": (3, 40)}, ("z",), weights, opset=9, ir=8))
         (layer,), _ = find(view)
-        bench = Bench(view, method, 1, GIB, 1, with_columns=True)
+        bench = Bench(view, method, 1, GIB, with_columns=True)
         assert bench._problem(layer, roles)[1].activation == layer.activation
-        found.append(bench.within(layer, 0.5, roles))
+        question = bench.question(layer, roles)
+        found.append(bench.outcome(layer, question, solution_within(question, 0.5), roles))
     linear, clipped = found
     np.testing.assert_array_equal(clipped.factors.dense(), linear.factors.dense())
     names = ("error", "activation_error", "allowed", "reached", "scale")
@@ -429,8 +430,9 @@ def test_the_error_behind_the_activation_is_that_of_the_compressed_network(name,
     roles = {FIT: np.arange(30), JUDGE: np.arange(30, 48)}
     own = capture(net, roles)[layer.node]
     bench = bench_of(net)
-    candidates = bench.curve(layer, own)
-    fitted = bench.fit(layer, candidates[len(candidates) // 3], own)
+    question = bench.question(layer, own)
+    candidates = candidates_of(question)
+    fitted = bench.outcome(layer, question, solution_of(question, candidates[len(candidates) // 3]), own)
     small = rewrite(view, net.layers, {layer.node: fitted.factors}, {la.input: 4 for la in net.layers}).model
     values = []
     for model in (net.model, small):
@@ -448,8 +450,8 @@ def test_without_columns_nothing_is_known_behind_the_activation():
     roles = {FIT: np.arange(30), JUDGE: np.arange(30, 48)}
     layer = net.layers[-1]
     own = capture(net, roles, with_columns=False)[layer.node]
-    candidate = bench_of(net).curve(layer, own)[0]
-    fitted = bench_of(net).fit(layer, candidate, own)
+    question = bench_of(net).question(layer, own)
+    fitted = bench_of(net).outcome(layer, question, solution_of(question, candidates_of(question)[0]), own)
     assert fitted.error is not None
     assert fitted.activation_error is None
 

@@ -166,7 +166,7 @@ def open_shop(subject: Subject, material: Material, config: Config, stack: conte
     assert material.samples is not None
     memory, threads, with_columns = config.memory_bytes, config.threads, METHODS[config.method].needs_columns
     solver = Settings(structure=config.structure, steps=config.steps, seed=config.seed)
-    bench = Bench(subject.view, config.method, config.multiple, memory, threads, with_columns, solver)
+    bench = Bench(subject.view, config.method, config.multiple, memory, with_columns, solver)
     setting = Setting(memory, config.columns, subject.batch, threads, config.seed, subject.dynamic_batch)
     capture = Capture(subject.folded, subject.layers, material.samples, setting, Timer())
     stack.callback(capture.close)

@@ -475,7 +475,7 @@ def records(
 
 def bed_of(subject: Subject, layer: Layer, own: Mapping[str, Statistic], arguments: argparse.Namespace) -> Bed:
     """Return what the forms of a layer are fitted with: the very problem that the pipeline would make."""
-    bench = Bench(subject.view, "lrs", MULTIPLE, arguments.memory, arguments.threads)
+    bench = Bench(subject.view, "lrs", MULTIPLE, arguments.memory)
     _, problem = bench._problem(layer, own)
     damping = choose_damping(problem)
     metric = damped(problem, damping)

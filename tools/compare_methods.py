@@ -156,7 +156,7 @@ def filled(network: Network, tasks: Sequence[Task]) -> Iterator[Record]:
 def cell(network: Network, task: Task, statistics_of: Mapping[str, Statistic]) -> Record:
     """Return the record of one cell; a method that fails is a record too."""
     layer, config = task.layer, network.config
-    bench = Bench(network.subject.view, task.row.method, config.multiple, config.memory_bytes, config.threads, True)
+    bench = Bench(network.subject.view, task.row.method, config.multiple, config.memory_bytes, True)
     _, problem = bench._problem(layer, statistics_of)  # the very problem that the pipeline would make
     record = {
         "model": network.name,

@@ -18,7 +18,6 @@ from onnx_lrs.planning.sensitivity import Probe, kind_of, probes_of
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Problem, Settings, Solution, Status, curve, fit
 from onnx_lrs.solvers.activation import LINEAR
 from onnx_lrs.solvers.behind import activation_error, plain, response_norm, without_offset
-from onnx_lrs.solvers.blas import threads_for
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors, TuckerFactors, judged
 from onnx_lrs.solvers.problem import Budget as LayerBudget
 from onnx_lrs.solvers.spectral import choose_damping
@@ -109,7 +108,6 @@ class Bench:
     method: str
     multiple: int
     memory_bytes: int
-    threads: int
     with_columns: bool = False
     settings: Settings = dataclasses.field(default_factory=Settings)
     scratch: Scratch | None = None
@@ -119,27 +117,6 @@ class Bench:
         method, problem = self._problem(layer, statistics)
         stored = (layer.out, layer.d), takes_sparse(self.view.model)
         return Question(method, problem, self.settings, self.multiple, *stored)
-
-    def curve(self, layer: Layer, statistics: Mapping[str, Statistic]) -> list[Candidate]:
-        """Return the layer's candidates, losses on the SELECT moments (weights only if there are none)."""
-        question = self.question(layer, statistics)
-        with threads_for(question.problem.d, self.threads):
-            return candidates_of(question)
-
-    def fit(self, layer: Layer, chosen: Candidate, statistics: Mapping[str, Statistic]) -> Fitted:
-        """Return the factors for a candidate, fitted on the FIT and judged on the JUDGE statistics."""
-        question = self.question(layer, statistics)
-        with threads_for(question.problem.d, self.threads):
-            solution = solution_of(question, chosen)
-        return self.fitted(layer, question, solution, statistics)
-
-    def fitted(
-        self, layer: Layer, question: Question, solution: Solution, statistics: Mapping[str, Statistic]
-    ) -> Fitted:
-        """Return the solution of a candidate as factors of the layer, judged on the JUDGE statistics."""
-        found = self._fitted(layer, question.problem, solution, statistics)
-        assert found is not None  # a candidate saves parameters
-        return found
 
     def outcome(
         self, layer: Layer, question: Question, solution: Solution | None, statistics: Mapping[str, Statistic]
@@ -152,13 +129,6 @@ class Bench:
             return solution.status
         guaranteed = solution.allowed is not None
         return Status.DENSE if guaranteed and self._saves_nothing(layer, found.factors) else found
-
-    def within(self, layer: Layer, gain: float, statistics: Mapping[str, Statistic]) -> Fitted | Status:
-        """Return the smallest factors that keep to the gain on the FIT columns, or why the layer stays dense."""
-        question = self.question(layer, statistics)
-        with threads_for(question.problem.d, self.threads):
-            solution = solution_within(question, gain)
-        return self.outcome(layer, question, solution, statistics)
 
     def _saves_nothing(self, layer: Layer, factors: AnyFactors) -> bool:
         """Return whether single entries would be stored in full all the same."""

@@ -115,7 +115,6 @@ def plan_and_fit(job: Job, subject: Subject, material: Material, means: tuple[Wo
         config.method,
         config.multiple,
         config.memory_bytes,
-        config.threads,
         method.needs_columns,
         solver,
         subject.scratch,
