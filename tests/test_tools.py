@@ -285,17 +285,17 @@ def test_the_tables_of_the_fits_hold_the_figures(tmp_path, tool):
         assert row in out.splitlines()
 
 
-def one_that_matters() -> onnx.ModelProto:
-    """x (N, 32) -> h = W0 x, then five times h + relu(W h) with a small W: an error of W0 alone reaches the output."""
+def one_that_matters(width: int = 32) -> onnx.ModelProto:
+    """x (N, width) -> h = W0 x, then five times h + relu(W h) with a small W: an error of W0 alone reaches the end."""
     rng = np.random.default_rng(0)
-    constants = {"w0": nets.weight(rng, 32, 32)}
+    constants = {"w0": nets.weight(rng, width, width)}
     nodes = [helper.make_node("Gemm", ["x", "w0"], ["h0"], "first")]
     for i in range(1, 6):
-        constants[f"w{i}"] = nets.weight(rng, 32, 32) * np.float32(0.05)
+        constants[f"w{i}"] = nets.weight(rng, width, width) * np.float32(0.05)
         nodes.append(helper.make_node("Gemm", [f"h{i - 1}", f"w{i}"], [f"g{i}"], f"small{i}"))
         nodes.append(helper.make_node("Relu", [f"g{i}"], [f"r{i}"]))
         nodes.append(helper.make_node("Add", [f"h{i - 1}", f"r{i}"], [f"h{i}"]))
-    ends = [("x", onnx.TensorProto.FLOAT, ["N", 32])], [("h5", onnx.TensorProto.FLOAT, ["N", 32])]
+    ends = [("x", onnx.TensorProto.FLOAT, ["N", width])], [("h5", onnx.TensorProto.FLOAT, ["N", width])]
     return nets.build(nodes, constants, *ends)
 
 
@@ -322,6 +322,15 @@ def test_a_measured_sensitivity_ranks_plans_better_than_losses_alone(plans):
     assert all(record["judged"] == 80 for record in found)
     assert min(len(record["layers"]) for record in found) >= 1
     assert max(record["real"] for record in found) > 10 * min(record["real"] for record in found) > 0
+
+
+def test_random_plans_have_the_ranks_of_plans_by_latency_unless_told_otherwise(tool, tmp_path):
+    onnx.save(one_that_matters(96), tmp_path / "net.onnx")
+    np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((300, 96)).astype(np.float32))
+    arguments = (tmp_path / "net.onnx", "--data", tmp_path / "x.npy", "--threads", 1, "--plans", 3, "--rungs", 2)
+    code, out, _ = tool("check_losses", *arguments, "--out", tmp_path / "plans.jsonl")
+    assert code == 0
+    assert "Spearman" in out
 
 
 def test_plans_that_are_there_are_not_measured_again(plans, tool):

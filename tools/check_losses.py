@@ -137,7 +137,7 @@ def loss_of(quality: Sequence[OutputQuality]) -> float:
 def opened(arguments: argparse.Namespace) -> Iterator[Bed]:
     """Look at the model, and fit and probe all layers, as a run of onnx-lrs does it before it makes a plan."""
     own = parsed(arguments.options)
-    config = cli.config_from(own)
+    config = cli.config_from(own).settled(can_be_judged=True)
     with contextlib.ExitStack() as stack:
         original = models.load(own.model)
         inputs = Inputs(own.data, own.labels, own.test)
