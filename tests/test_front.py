@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import onnx_lrs
 from onnx_lrs import Budget, Config
 from onnx_lrs.planning.allocate import Choice, supported
-from onnx_lrs.planning.front import pareto, undominated
+from onnx_lrs.planning.front import FAR, pareto, undominated, within_reach
 from onnx_lrs.planning.plan import Curves, limits_of, make_plan
 from onnx_lrs.planning.prices import Plan, cost_of
 from onnx_lrs.report.result import ParetoPoint
@@ -89,6 +89,13 @@ def test_the_curve_counts_as_the_plan_does(name, kind):
         within = [p for p in found.points if p.fraction <= 0.7]
         better += within[-1].loss < 0.5 * found.chosen.loss
     assert better == 0  # make_plan is not beaten by half: a plan that the curve knew would have been taken
+
+
+def test_latencies_far_below_the_plan_are_not_told():
+    points = [ParetoPoint(fraction, 1 - fraction, 1) for fraction in (-0.1, 0.05, 0.19, 0.21, 0.4, 0.8)]
+    assert [p.fraction for p in within_reach(points, points[4])] == [0.21, 0.4, 0.8]
+    assert [p.fraction for p in within_reach(points, None)] == [0.05, 0.19, 0.21, 0.4, 0.8]
+    assert FAR == 0.5
 
 
 def test_a_run_without_a_report_has_no_curves():

@@ -12,13 +12,15 @@ from onnx_lrs.planning.timing import Timing
 from onnx_lrs.report.result import Pareto, ParetoPoint
 
 PLANS = 32  # of each kind of costs; a plan takes milliseconds
+FAR = 0.5  # of the chosen plan's latency: what is predicted below was scaled to a network too different
 
 
 def pareto(subject: Subject, curves: Curves, plan: Plan, budget: Budget, timing: Timing | None) -> Pareto:
     """Return plans from the smallest to the dense one, and the given one among them.
 
     The cost is latency where that decides, else the first limit of the budget. Other limits are left out of account:
-    where one of them decided, the plan lies above the curve. Latencies are those known already; nothing is timed.
+    where one of them decided, the plan lies above the curve. Latencies are those known already; nothing is timed, and
+    plans so fast that nothing is known of them are left out.
 
     Parameters
     ----------
@@ -44,7 +46,19 @@ def pareto(subject: Subject, curves: Curves, plan: Plan, budget: Budget, timing:
     if plan.chosen:
         chosen = ParetoPoint(cost_of(limit.price, subject, plan) / whole, loss_of(plan), len(plan.chosen))
         found.append(chosen)
+    if timing is not None:
+        found = within_reach(found, chosen)
     return Pareto(kind, budget.limits.get(kind), tuple(undominated(found)), chosen)
+
+
+def within_reach(points: Sequence[ParetoPoint], chosen: ParetoPoint | None) -> list[ParetoPoint]:
+    """Return the points whose latency can be told.
+
+    What layers save is scaled to what the whole network took with the chosen plan. Laid on to much faster plans it may
+    save more than there is.
+    """
+    least = 0.0 if chosen is None else FAR * max(chosen.fraction, 0.0)
+    return [point for point in points if point.fraction > least]
 
 
 def undominated(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
