@@ -147,12 +147,28 @@ def _entrant(source: ModelSource, place: int, folder: pathlib.Path) -> Entrant:
 
 
 def _with_names_apart(entrants: Sequence[Entrant]) -> list[Entrant]:
-    """Return the models, one that is there again called so: comparing a model with itself shows the noise."""
-    found: list[Entrant] = []
-    for entrant in entrants:
-        again = sum(other.shown == entrant.shown and entrant.shown is not None for other in found)
-        found.append(dataclasses.replace(entrant, name=f"{entrant.name} ({again + 1})") if again else entrant)
+    """Return the models, files called by as much of the end of their paths as tells them apart.
+
+    One that is there again is called so: comparing a model with itself shows the noise.
+    """
+    paths = [None if entrant.shown is None else pathlib.Path(entrant.shown) for entrant in entrants]
+    found = []
+    for place, (entrant, path) in enumerate(zip(entrants, paths, strict=True)):
+        name, again = entrant.name, 0
+        if path is not None:
+            name = _short(path, [other for other in paths if other is not None])
+            again = paths[:place].count(path)
+        found.append(dataclasses.replace(entrant, name=f"{name} ({again + 1})" if again else name))
     return found
+
+
+def _short(path: pathlib.Path, others: Sequence[pathlib.Path]) -> str:
+    """Return the shortest end of a path that no other one has."""
+    ends = ([part.parts[-length:] for part in others if part != path] for length in range(1, len(path.parts)))
+    for length, taken in enumerate(ends, 1):
+        if path.parts[-length:] not in taken:
+            return pathlib.Path(*path.parts[-length:]).as_posix()
+    return str(path)
 
 
 def _notes(timings: Sequence[Timed], samples: Samples | None) -> Iterator[str]:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnx_lrs
-from onnx_lrs import Budget, CompareConfig, Config, CudaOptions, cli, errors
+from onnx_lrs import Budget, CompareConfig, Config, CudaOptions, cli, comparison, errors
 from onnx_lrs.data import open_samples
 from onnx_lrs.graph import model as models
 from onnx_lrs.runtime import compare as runs
@@ -321,10 +321,14 @@ def test_nodes_of_one_name_are_counted_apart(tmp_path):
 def test_times_of_nodes_are_those_of_the_calls():
     """ONNX Runtime's own profile, with a loop: what runs in it is counted once, and all together is a call."""
     loop, feed = looped(10, 256), {"x": np.ones((256, 256), np.float32)}
-    kernels = nodes.profiled(loop, feed, (1, "cpu", Gpu()), 5)
-    with Session(loop, 1) as session:
-        call_ms = float(np.median(latency.times_in_turn([session], [feed], 0.2)))
-    assert 0.5 * call_ms < sum(kernel.ms for kernel in kernels) < 1.5 * call_ms
+
+    def share() -> float:
+        kernels = nodes.profiled(loop, feed, (1, "cpu", Gpu()), 5)
+        with Session(loop, 1) as session:
+            call_ms = float(np.median(latency.times_in_turn([session], [feed], 0.2)))
+        return sum(kernel.ms for kernel in kernels) / call_ms
+
+    assert any(0.5 < share() < 1.5 for _ in range(5))  # other work may slow one of the two
 
 
 def looped(trips: int, size: int) -> onnx.ModelProto:
@@ -382,13 +386,28 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/model.onnx", "a/small.onnx"], ["model.onnx", "small.onnx"]),
+        (["a/m.onnx", "b/m.onnx", "c/small.onnx"], ["a/m.onnx", "b/m.onnx", "small.onnx"]),
+        (["m.onnx", "b/m.onnx"], ["m.onnx", "b/m.onnx"]),
+        (["/x/a/m.onnx", "/y/a/m.onnx"], ["x/a/m.onnx", "y/a/m.onnx"]),
+        (["a/m.onnx", "a/m.onnx", "./a/m.onnx"], ["m.onnx", "m.onnx (2)", "m.onnx (3)"]),
+    ],
+)
+def test_files_are_called_by_what_tells_them_apart(paths, names):
+    entrants = [Entrant(path, Path(path), (), (), (), 0, 0, shown=path) for path in paths]
+    assert [entrant.name for entrant in comparison._with_names_apart(entrants)] == names
+
+
 def test_a_comparison_holds_times_sizes_and_quality(folder):
     paths = [folder / "model.onnx", folder / "small.onnx", folder / "small.onnx"]
     config = CompareConfig(batches=(1, 3), rounds=40, threads=1, profile=True)
     labels = np.arange(12) % 10
     found = onnx_lrs.compare(paths, data=folder / "data.npy", labels=labels, config=config)
     first, second, third = found.models
-    assert [m.name for m in found.models] == [str(paths[0]), str(paths[1]), f"{paths[1]} (2)"]
+    assert [m.name for m in found.models] == [paths[0].name, paths[1].name, f"{paths[1].name} (2)"]
     assert first.file_bytes == paths[0].stat().st_size > second.file_bytes == third.file_bytes
     assert first.params == nets.count_params(onnx.load(paths[0])) > second.params
     assert all(m.load_ms > 0 and m.peak_memory_bytes > m.idle_memory_bytes for m in found.models)
@@ -660,7 +679,7 @@ def test_a_limit_is_an_exit_code_and_a_line_for_each_that_misses_it(folder, caps
     assert capsys.readouterr().err == ""
     assert call(folder, "-q", "--at-most", "0.0001", "--batch", "1,2") == cli.SLOW
     lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[0] for line in lines] == [f"{folder / 'small.onnx'}, cpu, batch {n}" for n in (1, 2)]
+    assert [line.partition(": ")[0] for line in lines] == [f"small.onnx, cpu, batch {n}" for n in (1, 2)]
     assert all("not surely at most 0.0001" in line for line in lines)
 
 
