@@ -510,12 +510,12 @@ def test_tables_hold_the_same_figures(folder):
     assert len(rows) == 4 + 4
     assert len({row.count("|") for row in rows[:4]}) == len({row.count("|") for row in rows[4:]}) == 1
     assert f"{found.timings[1].ratio:.3f}" in rows[3]
-    assert f"{found.models[1].quality[0].relative_l2:.2%}" in rows[7]
+    assert f"{100 * found.models[1].quality[0].relative_l2:.2f} %" in rows[7]
     today = found.environment["date"]
     assert datetime.date.fromisoformat(today) <= datetime.datetime.now(datetime.UTC).date()
     last = text.splitlines()[-1]
     assert last.startswith(
-        f"{found.environment['cpu']}, {found.environment['cpu_count']} cores, 1 threads; ONNX Runtime"
+        f"{found.environment['cpu']}, {found.environment['cpu_count']} cores, 1 threads; cpu; batch 1; ONNX Runtime"
     )
     assert today in last
     assert "CUDA" not in text
@@ -670,7 +670,7 @@ def test_the_command_line_writes_every_kind_of_table(folder, tmp_path, capsys):
     assert out.startswith("| model | provider | batch |")
     assert len(places["csv"].read_text().splitlines()) == 5
     assert [
-        word for word in ("Latency ratio", "Peak memory", "Times of the layers", "99% intervals") if word not in told
+        word for word in ("Latency ratio", "Peak memory", "Times of the layers", "99 % intervals") if word not in told
     ] == []
 
 

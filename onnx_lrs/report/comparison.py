@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from onnx_lrs.report.record import Report
 from onnx_lrs.report.result import Changes, OutputQuality
-from onnx_lrs.report.words import said
+from onnx_lrs.report.words import percent, said
 
 SCHEMA = 1
 Verdict = Literal["first", "faster", "slower", "cannot tell"]
@@ -152,13 +152,16 @@ class Comparison(Report):
         env, cuda, providers = self.environment, self.settings["cuda"], self.settings["providers"]
         runtime = env["versions"].get("onnxruntime-gpu") or env["versions"].get("onnxruntime")
         parts = [f"{env['cpu']}, {env['cpu_count']} cores, {env['threads']} threads"]
+        batches = {t.batch for t in self.timings}
+        parts += [providers[0]] if len(providers) == 1 else []
+        parts += [f"batch {batches.pop()}"] if len(batches) == 1 else []
         if env["gpu"]:
             parts.append(f"{env['gpu']}, CUDA graph {_on(cuda['cuda_graph'])}")
         if "cuda" in providers:
             search = cuda["cudnn_conv_algo_search"]
             parts.append(f"TF32 {_on(cuda['tf32'])}, NHWC {_on(cuda['prefer_nhwc'])}, {search} search of algorithms")
         parts += [f"ONNX Runtime {runtime}, {env['date']}", self.data]
-        return f"{'; '.join(parts)}; ratios are of medians, with {self.level:.0%} intervals."
+        return f"{'; '.join(parts)}; ratios are of medians, with {100 * self.level:g} % intervals."
 
     def _timings(self) -> tuple[list[str], list[list[str]]]:
         header = ["model", "provider", "batch", "median ms", "p90", "p99", "mean", "samples/s", "latency ratio", ""]
@@ -196,11 +199,11 @@ class Comparison(Report):
             body.append(
                 [
                     *(m.name, f"{m.file_bytes / 1e6:.4g}", f"{m.params:,}", f"{m.load_ms:.4g}", memory),
-                    "" if q is None else f"{q.relative_l2:.2%}",
-                    "" if q is None or q.top1_agreement is None else f"{q.top1_agreement:.2%}",
+                    "" if q is None else percent(q.relative_l2),
+                    "" if q is None or q.top1_agreement is None else percent(q.top1_agreement),
                     ""
                     if q is None or q.accuracy_after is None
-                    else f"{q.accuracy_before:.2%} -> {q.accuracy_after:.2%}",
+                    else f"{percent(q.accuracy_before)} -> {percent(q.accuracy_after)}",
                 ]
             )
         return header, body

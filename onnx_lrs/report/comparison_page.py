@@ -49,7 +49,7 @@ def content(found: Comparison) -> dict[str, Any]:
     return {
         "title": f"Comparison with {found.models[0].name}",
         "found": found,
-        "level": f"{found.level:.0%}",
+        "level": f"{100 * found.level:g} %",
         "groups": [_group(where, timings) for where, timings in _by_place(found.timings)],
         "judged": [
             {

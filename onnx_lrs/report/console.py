@@ -450,12 +450,15 @@ def print_comparison(comparison: Comparison, *, console: Console | None = None) 
 
 
 def _timings(comparison: Comparison) -> Table:
-    several = len({(t.provider, t.batch) for t in comparison.timings}) > 1
-    where = ["Provider", ">Batch"] if several else []
+    several = {
+        header: name
+        for header, name in (("Provider", "provider"), (">Batch", "batch"))
+        if len({getattr(t, name) for t in comparison.timings}) > 1  # what all share is told under the tables
+    }
     headers = (">Median", ">p90", ">p99", ">Samples/s", ">Latency ratio", "")
-    table = _table("Model", *where, *headers)
+    table = _table("Model", *several, *headers)
     for t in comparison.timings:
-        place = [t.provider.removesuffix("ExecutionProvider"), str(t.batch)] if several else []
+        place = [str(getattr(t, name)) for name in several.values()]
         ratio = "1" if t.verdict == "first" else f"{t.ratio:.3f} ({t.ratio_low:.3f}-{t.ratio_high:.3f})"
         times = [words.milliseconds(ms) for ms in (t.median_ms, t.p90_ms, t.p99_ms)]
         table.add_row(_text(t.model), *place, *times, words.three_digits(t.throughput), ratio, words.said(t))
