@@ -12,11 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnx_lrs.api import compare, compress, inspect
-    from onnx_lrs.config import Budget, CompareConfig, Config, CudaOptions, Preprocess
+    from onnx_lrs.api import compare, compress, inspect, refine
+    from onnx_lrs.config import Budget, CompareConfig, Config, CudaOptions, Preprocess, Training
     from onnx_lrs.data import Dataset
     from onnx_lrs.errors import OnnxLrsError
     from onnx_lrs.report.comparison import Comparison
+    from onnx_lrs.report.refinement import Refinement
     from onnx_lrs.report.result import Inspection, Result
 
 __version__ = "0.1.0"
@@ -31,11 +32,14 @@ __all__ = [
     "Inspection",
     "OnnxLrsError",
     "Preprocess",
+    "Refinement",
     "Result",
+    "Training",
     "__version__",
     "compare",
     "compress",
     "inspect",
+    "refine",
 ]
 
 _HOMES = {
@@ -48,10 +52,13 @@ _HOMES = {
     "Inspection": "report.result",
     "OnnxLrsError": "errors",
     "Preprocess": "config",
+    "Refinement": "report.refinement",
     "Result": "report.result",
+    "Training": "config",
     "compare": "api",
     "compress": "api",
     "inspect": "api",
+    "refine": "api",
 }
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise that every name exists

@@ -13,7 +13,7 @@ from typing import Any
 from onnx_lrs.calibration.subject import Inputs, Subject, examine
 from onnx_lrs.comparison import Request
 from onnx_lrs.comparison import compare as run_comparison
-from onnx_lrs.config import Budget, CompareConfig, Config
+from onnx_lrs.config import Budget, CompareConfig, Config, Training
 from onnx_lrs.data import TensorSpec, open_samples
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.model import ModelSource
@@ -23,8 +23,11 @@ from onnx_lrs.planning.gate import Metric
 from onnx_lrs.planning.job import Job
 from onnx_lrs.planning.spectra import effective_ranks
 from onnx_lrs.progress import Progress, Silent
+from onnx_lrs.refining import Wish
+from onnx_lrs.refining import refine as run_refinement
 from onnx_lrs.report.call import python_call
 from onnx_lrs.report.comparison import Comparison
+from onnx_lrs.report.refinement import Refinement
 from onnx_lrs.report.result import Inspection, LayerInfo, Result, Totals
 
 
@@ -96,6 +99,68 @@ def compress(
         call = python_call("compress", (model, output), named)
     inputs = Inputs(data, labels, test)
     return run(Job(model, target, inputs, settings, progress or Silent(), executor, metric, call))
+
+
+def refine(
+    model: ModelSource,
+    compressed: ModelSource,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    data: Any,
+    labels: Any = None,
+    test: Any = None,
+    training: Training | None = None,
+    config: Config | None = None,
+    progress: Progress | None = None,
+    call: str | None = None,
+) -> Refinement:
+    """Train a compressed model to give what the original gives; needs ``pip install "onnx-lrs[refine]"``.
+
+    Weights and biases of Conv, Gemm and MatMul are trained; ranks, kept channels and single entries stay what they are,
+    and so does the graph. No labels are needed: the original is the teacher.
+
+    Parameters
+    ----------
+    model, compressed : path or onnx.ModelProto
+        The original, and what was made of it, with the same inputs and outputs; neither is changed.
+    output : path, optional
+        Where to write the refined model. Without it the model is only in ``Refinement.model``.
+    data : path, array, iterable or Dataset
+        Typical inputs, in the forms that :func:`compress` takes: a share trains, another selects the best state, and
+        without ``test`` a third judges.
+    labels : optional
+        Class numbers of the samples that judge, as in :func:`compress`. Without ``test`` those of the samples
+        that train are used as well, for a mixed loss.
+    test : optional
+        Other samples to judge on.
+    training : Training, optional
+        How to train. Default: ``Training()``.
+    config : Config, optional
+        Preprocessing, threads, seed, holdout and work folder; what else it holds is not used.
+    progress : Progress, optional
+        Is told stages and epochs; silent by default.
+    call : str, optional
+        What the record names as the way to repeat the run. Default: this call in Python, objects abbreviated.
+
+    Returns
+    -------
+    Refinement
+        Quality before and after, the loss of every epoch; ``model`` is the ModelProto.
+
+    Raises
+    ------
+    OnnxLrsError
+        One of its subclasses: a model that onnx2torch cannot translate (ModelError), models that do not belong
+        together, data that cannot be used, PyTorch missing (ConfigError); nothing has been written then.
+    """
+    settings, course = config or Config(), training or Training()
+    if call is None:
+        named = {"data": data, "labels": labels, "test": test, "training": course, "config": settings}
+        call = python_call("refine", (model, compressed, output), named)
+    target = None if output is None else pathlib.Path(output)
+    return run_refinement(
+        Wish(model, compressed, target, Inputs(data, labels, test), course, settings, progress or Silent(), call)
+    )
 
 
 def compare(

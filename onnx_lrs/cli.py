@@ -1,7 +1,8 @@
 """The command line: argv -> Config, one call of the library, a table on stderr, JSON on request. No logic.
 
 ``compress`` is the default command and its name may be left out, so the first argument decides: ``compare``,
-``inspect`` and ``demo`` are commands, everything else is the model (a file called inspect is ``./inspect``).
+``refine``, ``inspect`` and ``demo`` are commands, everything else is the model (a file called inspect is
+``./inspect``).
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from onnx_lrs import __version__
-from onnx_lrs.config import GIB, LEAST_ROUNDS, Budget, CompareConfig, Config, CudaOptions, Preprocess
+from onnx_lrs.config import GIB, LEAST_ROUNDS, Budget, CompareConfig, Config, CudaOptions, Preprocess, Training
 from onnx_lrs.errors import ConfigError, OnnxLrsError, OutputError
 from onnx_lrs.progress import Progress
 from onnx_lrs.report.comparison import Comparison
 from onnx_lrs.report.record import check_file, write_text
+from onnx_lrs.report.refinement import Refinement
 from onnx_lrs.report.result import Inspection, Result
 
 INTERRUPTED = 130
@@ -39,10 +41,11 @@ NO_TELEMETRY = ("ORT_DISABLE_TELEMETRY", "1")
 TABLES = ("json", "csv", "markdown")  # what reports are written as, each a flag
 PAGE = "report"  # the flag of the page, which the library writes
 BESIDE = ("plan", "latency_table")  # what compress reads, or writes beside the model
-Report = Result | Inspection | Comparison
+Report = Result | Inspection | Comparison | Refinement
 Command = Callable[[argparse.Namespace, Config, Progress], Report]
 
 USAGE = """onnx-lrs MODEL -o OUT [options]
+       onnx-lrs refine MODEL SMALL -o OUT --data PATH [options]
        onnx-lrs compare MODEL MODEL [MODEL ...] [options]
        onnx-lrs inspect MODEL [options]
        onnx-lrs demo [-o OUT] [options]"""
@@ -193,6 +196,14 @@ def _compress_parser() -> argparse.ArgumentParser:
     _add_shape(data)
     _add_image_flags(parser)
     _add_fit(parser)
+    train = _add_training(parser)
+    train.add_argument(
+        "--refine",
+        action="store_true",
+        default=None,
+        help='train the small model to give what the original gives; needs pip install "onnx-lrs[refine]"',
+    )
+    train.add_argument("--rounds", type=int, metavar="K", help="compress and train in K steps down to the budget (1)")
     _add_page(_add_output(parser))
     return parser
 
@@ -266,6 +277,53 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     devices.add_argument("--no-tf32", dest="tf32", action="store_false", default=None, help="full float32 products")
     devices.add_argument("--prefer-nhwc", action="store_true", default=None, help="convolutions with channels last")
     devices.add_argument("--cudnn-conv-algo-search", metavar="NAME", help="exhaustive (default), heuristic or default")
+
+
+def _refine_parser() -> argparse.ArgumentParser:
+    default = Config()
+    parser = _new_parser(
+        "onnx-lrs refine",
+        "Train a compressed model to give what the original gives; no labels are needed. Ranks, kept channels and the "
+        'graph stay what they are. Needs pip install "onnx-lrs[refine]".',
+    )
+    parser.add_argument("model", metavar="MODEL", help="the original")
+    parser.add_argument("small", metavar="SMALL", help="what was made of it")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the .onnx file to write")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="PATH", required=True, help="a folder of images, or an .npy or .npz file")
+    data.add_argument("--test", metavar="PATH", help="other samples to judge on; without it a share of DATA judges")
+    data.add_argument(
+        "--labels", metavar="PATH|folders", help="true classes of the samples that judge; without --test trained on too"
+    )
+    data.add_argument("--holdout", type=float, metavar="F", help=f"share of DATA that judges ({default.holdout:g})")
+    _add_shape(data)
+    _add_image_flags(parser)
+    _add_training(parser)
+    runs = parser.add_argument_group("runs")
+    runs.add_argument("--threads", type=int, metavar="N", help=f"threads ({default.threads})")
+    runs.add_argument("--seed", type=int, metavar="N", help=f"of orders and augmentation ({default.seed})")
+    runs.add_argument("--work", metavar="DIR", help="keep the state of each epoch in DIR: the same command continues")
+    _add_output(parser)
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    default = Training()
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", type=int, metavar="N", help=f"passes over the samples at most ({default.epochs})")
+    train.add_argument("--minutes", type=float, metavar="M", help="of time at most, which shortens the course")
+    train.add_argument("--train-batch", type=int, metavar="N", help=f"samples in a step ({default.train_batch})")
+    train.add_argument("--learning-rate", type=float, metavar="X", help=f"the highest ({default.learning_rate:g})")
+    train.add_argument("--loss", metavar="NAME", help="auto (default), kl (class scores) or l2 (relative error)")
+    train.add_argument("--temperature", type=float, metavar="T", help=f"of class scores ({default.temperature:g})")
+    train.add_argument(
+        "--label-share", type=float, metavar="F", help=f"of the labels in the loss, if any ({default.label_share:g})"
+    )
+    train.add_argument("--no-augment", dest="augment", action="store_false", default=None, help="images as they are")
+    train.add_argument("--patience", type=int, metavar="N", help=f"epochs without a gain ({default.patience})")
+    train.add_argument("--device", metavar="NAME", help="cpu (default) or cuda")
+    train.add_argument("--autocast", metavar="NAME", help="bfloat16: auto (default: if faster), on or off")
+    return train
 
 
 def _demo_parser() -> argparse.ArgumentParser:
@@ -421,6 +479,7 @@ def _add_page(output: argparse._ArgumentGroup) -> None:
 PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
     "compress": _compress_parser,
     "compare": _compare_parser,
+    "refine": _refine_parser,
     "inspect": _inspect_parser,
     "demo": _demo_parser,
 }
@@ -461,7 +520,20 @@ def config_from(args: argparse.Namespace) -> Config:
         chosen["exclude"] = tuple(given["exclude"])
     if "shapes" in given:
         chosen["shapes"] = _shapes(given["shapes"])
+    if args.command == "compress":
+        if chosen.pop("refine", False):
+            chosen["refine"] = training_from(args)
+        else:
+            _refuse_training(given)
     return Config(**chosen, preprocess=_preprocess(given))
+
+
+def _refuse_training(given: Mapping[str, Any]) -> None:
+    """Refuse settings of a training that was not asked for."""
+    for field in dataclasses.fields(Training):
+        if field.name in given:
+            flag = "--no-augment" if field.name == "augment" else f"--{field.name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is about training.", f"Add --refine, or leave {flag} out.")
 
 
 def compare_config_from(args: argparse.Namespace, config: Config) -> CompareConfig:
@@ -478,6 +550,18 @@ def compare_config_from(args: argparse.Namespace, config: Config) -> CompareConf
     both = {name: getattr(config, name) for name in ("threads", "seed", "shapes", "preprocess")}
     own = {name: given[name] for name in names if name not in both}
     return CompareConfig(**both, **own, cuda=CudaOptions(**{name: given[name] for name in cuda}))
+
+
+def training_from(args: argparse.Namespace) -> Training:
+    """Return how to train; what no flag sets keeps its default.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return Training(**{field.name: given[field.name] for field in dataclasses.fields(Training) if field.name in given})
 
 
 def _shapes(pairs: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
@@ -527,7 +611,7 @@ def _refuse_shared(places: Mapping[str, str]) -> None:
 def _check_report(name: str, given: Mapping[str, Any]) -> None:
     """Refuse a report's file that would destroy another one, or cannot be written."""
     report = Path(given[name])
-    _refuse_same(f"--{name}", given, name, ("model", "models", "output", "data", "test", "labels", *BESIDE))
+    _refuse_same(f"--{name}", given, name, ("model", "models", "small", "output", "data", "test", "labels", *BESIDE))
     check_file(report, f"--{name}")
 
 
@@ -571,7 +655,30 @@ def _compare(args: argparse.Namespace, config: Config, progress: Progress) -> Co
     return compare(args.models, **sources, config=settings, progress=progress, call=args.call)
 
 
-COMMANDS: Mapping[str, Command] = {"compress": _compress, "compare": _compare, "inspect": _inspect, "demo": _demo}
+def _refine(args: argparse.Namespace, config: Config, progress: Progress) -> Refinement:
+    from onnx_lrs.api import refine
+
+    sources = {name: getattr(args, name) for name in ("data", "labels", "test")}
+    training = training_from(args)
+    return refine(
+        args.model,
+        args.small,
+        args.output,
+        **sources,
+        training=training,
+        config=config,
+        progress=progress,
+        call=args.call,
+    )
+
+
+COMMANDS: Mapping[str, Command] = {
+    "compress": _compress,
+    "compare": _compare,
+    "refine": _refine,
+    "inspect": _inspect,
+    "demo": _demo,
+}
 
 
 def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, Command] = COMMANDS) -> int:
@@ -661,6 +768,8 @@ def _publish(report: Report, args: argparse.Namespace) -> None:
         console.print_inspection(report, args.verbose)
     elif not args.quiet and isinstance(report, Comparison):
         console.print_comparison(report)
+    elif not args.quiet and isinstance(report, Refinement):
+        console.print_refinement(report, args.verbose)
     for name in TABLES:
         place = getattr(args, name, None)
         if place == STDOUT:

@@ -20,10 +20,12 @@ GIB = 1 << 30
 FAST_MULTIPLE, SMALL_MULTIPLE = 16, 8  # blocks of ONNX Runtime's convolutions (AVX-512); half of one
 # Settings that the statistics, curves and fits of layers do not depend on: how a result is reached, or which plan is
 # made of the same curves. A work folder serves all of them.
-UNDECIDING = ("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan", "report")
+UNDECIDING = ("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan", "refine", "report")
 LIMITS = ("latency", "params", "macs", "size")
 Search = Literal["exhaustive", "heuristic", "default"]
 SEARCHES: tuple[Search, ...] = ("exhaustive", "heuristic", "default")
+Compared = Literal["auto", "kl", "l2"]
+COMPARED: tuple[Compared, ...] = ("auto", "kl", "l2")
 LEAST_ROUNDS = 20
 REMAINS = "the fraction of the original that may remain, in (0, 1]"
 MEANING = {
@@ -187,6 +189,76 @@ class Preprocess:
 
 
 @dataclasses.dataclass(frozen=True)
+class Training:
+    """How a compressed model is refined by :func:`onnx_lrs.refine`, or by :func:`onnx_lrs.compress` at its end.
+
+    Parameters
+    ----------
+    epochs : int
+        Passes over the samples at most.
+    minutes : float, optional
+        Of wall clock at most, over all rounds; the learning rate is back near zero by then.
+    rounds : int
+        Of compressing and refining on the way to the budget, in equal ratios; for ``compress`` only. The epochs are
+        shared out among them.
+    train_batch : int
+        Samples in a step.
+    learning_rate : float
+        The highest one of the cycle: the length of a step in units of the root mean square of what it changes.
+    weight_decay : float
+        Of AdamW; biases have none.
+    loss : {"auto", "kl", "l2"}
+        Divergence of class scores, or relative squared error. "auto": the first for outputs that are probabilities.
+    temperature : float
+        Both sides' class scores are divided by it.
+    label_share : float
+        Of the cross entropy in the loss of class scores, where there are labels, in [0, 1].
+    augment : bool
+        Shift and mirror images.
+    patience : int
+        Epochs without a better loss on the samples that select, after which the run ends.
+    device : {"cpu", "cuda"}
+    autocast : {"auto", "on", "off"}
+        Whether products are taken in bfloat16. "auto": where that makes a step faster.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    epochs: int = 20
+    minutes: float | None = None
+    rounds: int = 1
+    train_batch: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    loss: Compared = "auto"
+    temperature: float = 4.0
+    label_share: float = 0.3
+    augment: bool = True
+    patience: int = 10
+    device: Literal["cpu", "cuda"] = "cpu"
+    autocast: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1.")
+        _require(
+            self.minutes is None or 0 < self.minutes < math.inf, f"--minutes is {self.minutes}; it must be positive."
+        )
+        _require(self.rounds >= 1, f"--rounds is {self.rounds}; it must be at least 1.")
+        _require(0 < self.learning_rate < math.inf, f"--learning-rate is {self.learning_rate}; it must be positive.")
+        _require(0 < self.temperature < math.inf, f"--temperature is {self.temperature}; it must be positive.")
+        _require(self.train_batch >= 1, f"--train-batch is {self.train_batch}; it must be at least 1.")
+        _require(0 <= self.weight_decay < 1, f"weight_decay is {self.weight_decay}; it must be in [0, 1).")
+        _require(0 <= self.label_share <= 1, f"--label-share is {self.label_share}; it must be in [0, 1].")
+        _require(self.patience >= 1, f"--patience is {self.patience}; it must be at least 1.")
+        for name, known in (("loss", COMPARED), ("device", ("cpu", "cuda")), ("autocast", ("auto", "on", "off"))):
+            value = getattr(self, name)
+            _require(value in known, f"--{name} is {value!r}; use {', '.join(known)}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that decides the outcome of a run besides the model and the data.
 
@@ -243,6 +315,8 @@ class Config:
     work : path, optional
         A folder that keeps finished layers, so that the same call goes on after an interruption; it decides nothing
         else. None: nothing is kept.
+    refine : Training, optional
+        How to train the compressed model before it is judged; needs ``pip install "onnx-lrs[refine]"``. None: not.
     report : path, optional
         Where to write a page about the run (HTML); needs ``pip install "onnx-lrs[report]"``. The result holds more
         then: the error curve of each layer, and what the plan would have lost at other budgets.
@@ -271,6 +345,7 @@ class Config:
     plan: str | os.PathLike[str] | None = None
     dry_run: bool = False
     work: str | os.PathLike[str] | None = None
+    refine: Training | None = None
     report: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from onnx_lrs import __version__
 from onnx_lrs.calibration.capture import Statistic
@@ -20,7 +21,7 @@ from onnx_lrs.graph import model as models
 from onnx_lrs.graph import weights
 from onnx_lrs.graph.cost import macs_by_node
 from onnx_lrs.graph.model import ModelSource, View
-from onnx_lrs.graph.rewrite import Rewritten, rewrite
+from onnx_lrs.graph.rewrite import Rewritten, merged, rewrite
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import Fitted
 from onnx_lrs.planning.course import Outcome, plan_and_fit
@@ -42,6 +43,7 @@ from onnx_lrs.report.notes import (
     latency_notes,
     mapped_notes,
     opening_notes,
+    refined_notes,
     side_notes,
 )
 from onnx_lrs.report.record import check_folder
@@ -52,23 +54,28 @@ from onnx_lrs.report.result import (
     Optimised,
     OutputQuality,
     Pareto,
+    Refined,
     Result,
     Totals,
     ratio_of,
 )
 from onnx_lrs.report.tolerances import ROUNDING
+from onnx_lrs.report.training import Trained
 from onnx_lrs.runtime.examples import told
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.optimised import look_at_both
 from onnx_lrs.runtime.session import Feed, Session, check_provider, is_mapped
-from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_answers
+from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_answers, compare_outputs
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Status
 from onnx_lrs.solvers.problem import Columns, ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors
+from onnx_lrs.training.door import KEPT as KEPT_OF_TRAINING
+from onnx_lrs.training.door import check_training, train
 from onnx_lrs.work import Identity, Work, refuse_file
 
 KEPT = (  # in a folder
     *(Candidate, Columns, Fitted, Moments, Statistic, Status),
     *(ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors),
+    *KEPT_OF_TRAINING,
 )
 
 
@@ -83,33 +90,38 @@ def compress(job: Job) -> Result:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A compressed model that nobody has judged yet, and what it was made from; ``notes`` were said already."""
+
+    subject: Subject
+    material: Material
+    outcome: Outcome
+    rewritten: Rewritten
+    refined: Refined | None
+    feed: Feed
+    notes: list[str]
+
+
 def _run(job: Job, clock: Clock) -> Result:
+    job, earlier = _approached(job, clock)
     with contextlib.ExitStack() as stack:
-        with clock.stage("load"):
-            original = models.load(job.source)
-            material = open_material(job.inputs, models.signature(original)[0], job.config, stack)
-            _refuse_what_cannot_be_judged(job, original, material)
-            outside = _external_places(job.source)
-            _refuse_to_overwrite(job, outside)
-            scratch = stack.enter_context(scratch_for(original, job.output))
-            subject = examine(job.source, original, job.config, material.samples, scratch)
-            _refuse_without_layers(job, subject)
-            feed = timed_feed(subject, job.config.batch)
-        work = stack.enter_context(_open_work(job, material, clock))
-        notes = _told(job, opening_notes(job, subject, material))
-        outcome = plan_and_fit(job, subject, material, (work, feed), clock)
-        with clock.stage("rewrite"):
-            rewritten = rewrite(subject.view, subject.layers, outcome.factors, subject.ranks, scratch)
-        verdict = _judge(job, subject, material, (rewritten.model, outcome, feed), clock)
+        made = _make(job, clock, stack)
+        subject, material, outcome, rewritten, refined = (
+            *(made.subject, made.material, made.outcome, made.rewritten),
+            None if made.refined is None else Refined(made.refined.before, (*earlier, *made.refined.rounds)),
+        )
+        verdict = _judge(job, subject, material, (rewritten.model, outcome, made.feed), clock)
         if verdict.unchanged:
             outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=(), plan=Plan({}))
-            rewritten = Rewritten(original, {})
+            rewritten, refined = Rewritten(subject.original, {}), None
+        outside = _external_places(job.original)
         after = _write(job, rewritten.model, verdict.after, bool(outside), clock)
         layers, curve = _layers(job, subject, rewritten, outcome, material.samples is not None)
         model = _handed_over(job, rewritten.model)
         _write_plan(job, subject, outcome, verdict)
     return Result(
-        input=None if isinstance(job.source, onnx.ModelProto) else str(job.source),
+        input=None if isinstance(job.original, onnx.ModelProto) else str(job.original),
         output=None if job.output is None or job.config.dry_run else str(job.output),
         before=verdict.before,
         after=after,
@@ -131,19 +143,76 @@ def _run(job: Job, clock: Clock) -> Result:
         dry_run=job.config.dry_run,
         changes=verdict.changes,
         pareto=curve,
+        refined=refined,
         call=job.call,
         notes=(
-            *notes,
+            *made.notes,
             *outcome.notes,
             *fit_notes(subject, outcome),
             *closing_notes(verdict.before, after, verdict.quality, bool(verdict.unchanged)),
             *latency_notes(job, outcome, (verdict.before, after)),
             *element_notes(layers),
+            *([] if refined is None else refined_notes(refined.rounds, layers=True)),
             *side_notes(job, material, verdict.quality, bool(outside)),
             *mapped_notes(subject),
         ),
         model=model,
     )
+
+
+def _make(job: Job, clock: Clock, stack: contextlib.ExitStack, on_the_way: bool = False) -> Made:
+    """Do everything up to the new model; ``stack`` closes what that needs. Rounds on the way have nothing to tell."""
+    with clock.stage("load"):
+        source = models.load(job.source)
+        original = source if job.reference is None else models.load(job.reference)
+        material = open_material(job.inputs, models.signature(original)[0], job.config, stack)
+        _refuse_what_cannot_be_judged(job, original, material)
+        _refuse_to_overwrite(job, _external_places(job.original))
+        scratch = stack.enter_context(scratch_for(source, job.output))
+        subject = examine(job.source, source, job.config, material.samples, scratch)
+        _refuse_without_layers(job, subject)
+        if job.reference is not None:
+            subject = dataclasses.replace(
+                subject,
+                original=original,
+                params=models.weight_count(original),
+                file_bytes=models.source_bytes(job.original),
+            )
+        feed = timed_feed(subject, job.config.batch)
+    work = stack.enter_context(_open_work(job, material, clock))
+    notes = [] if on_the_way else _told(job, opening_notes(job, subject, material))
+    outcome = plan_and_fit(job, subject, material, (work, feed), clock)
+    with clock.stage("rewrite"):
+        rewritten = rewrite(subject.view, subject.layers, outcome.factors, subject.ranks, scratch)
+    rewritten, refined = _refined(job, subject, material, (rewritten, outcome), (work, clock))
+    return Made(subject, material, outcome, rewritten, refined, feed, notes)
+
+
+def _approached(job: Job, clock: Clock) -> tuple[Job, tuple[Trained, ...]]:
+    """Compress a little and train, round by round, all but the last one; return what the last one starts from.
+
+    A round hands on the network as it was, dense, with the weights that it has come to: the next one chooses forms,
+    ranks and channels anew.
+    """
+    training, budget = job.config.refine, job.config.budget
+    count = 1 if training is None or job.config.dry_run else training.rounds
+    if training is None or budget is None or count == 1:
+        return job, ()
+    minutes = None if training.minutes is None else training.minutes / count
+    share = dataclasses.replace(training, epochs=-(-training.epochs // count), minutes=minutes)
+    config = dataclasses.replace(job.config, refine=share)
+    done: list[Trained] = []
+    for number in range(1, count):
+        eased = Budget(**{kind: limit ** (number / count) for kind, limit in budget.limits.items()})
+        job.progress.note(f"Round {number} of {count}: {eased}.")
+        step = dataclasses.replace(job, output=None, config=dataclasses.replace(config, budget=eased, report=None))
+        with contextlib.ExitStack() as stack:
+            made = _make(step, clock, stack, on_the_way=True)
+            model = merged(made.subject.view, made.subject.layers, made.subject.ranks, made.rewritten)
+        done += [] if made.refined is None else made.refined.rounds
+        job = dataclasses.replace(job, source=model, reference=job.original)
+    job.progress.note(f"Round {count} of {count}: {budget}.")
+    return dataclasses.replace(job, config=config), tuple(done)
 
 
 def _layers(
@@ -218,6 +287,7 @@ def check_request(job: Job) -> None:
         The provider does not start.
     """
     _check_method(job)
+    _check_refining(job)
     _check_files(job)
     if job.config.work is not None:
         refuse_file(pathlib.Path(job.config.work))
@@ -293,6 +363,23 @@ def _check_method(job: Job) -> None:
             f"--method {name} is fitted to activations, and there is no calibration data.",
             f"Give typical inputs with --data. On weights alone work: {', '.join(blind)}.",
         )
+
+
+def _check_refining(job: Job) -> None:
+    """Refuse a refinement that could not be made, or that would break what was asked for."""
+    if job.config.refine is None:
+        return
+    if job.budget.gain is not None:
+        raise ConfigError(
+            "--refine changes the weights that --gain guarantees an error for.", "Leave one of the two out."
+        )
+    if job.inputs.data is None:
+        raise ConfigError("--refine needs typical inputs to train on.", "Give them with --data; labels are not needed.")
+    if job.config.refine.rounds > 1 and (job.budget.max_drop is not None or job.replays):
+        raise ConfigError(
+            "--rounds goes down to a limit step by step.", "Give one: --params, --macs, --size or --latency."
+        )
+    check_training(job.config.refine)
 
 
 def _same_file(one: pathlib.Path, other: pathlib.Path) -> bool:
@@ -403,6 +490,33 @@ class Verdict:
     changes: tuple[Changes, ...] | None = None
 
 
+def _refined(
+    job: Job,
+    subject: Subject,
+    material: Material,
+    made: tuple[Rewritten, Outcome],
+    means: tuple[Work, Clock],
+) -> tuple[Rewritten, Refined | None]:
+    """Train the new model where that was asked for, and tell what it was like before."""
+    (rewritten, outcome), (work, clock), training = made, means, job.config.refine
+    if training is None or job.config.dry_run or not outcome.factors:
+        return rewritten, None
+    assert material.judge is not None
+    pair, joined = (subject.original, rewritten.model), subject.dynamic_batch
+    items, batching = _judging(material, outcome), (subject.batch, joined)
+    every = subject.batch if joined else 1
+    with clock.stage("judge", -(-len(items) // every)), contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(Session(model, job.config.threads)) for model in pair)
+        before = compare_outputs((first, second), material.judge, items, material.labels, batching, job.progress)
+    model, trained = train(pair, material, (training, job.config), joined, work, clock, job.progress)
+    return dataclasses.replace(rewritten, model=model), Refined(before, (trained,))
+
+
+def _judging(material: Material, outcome: Outcome) -> NDArray[np.int64]:
+    """Return the samples that judge: where a search has seen some of them, the others."""
+    return material.judge_items if outcome.gate is None else outcome.gate.confirm
+
+
 def _judge(
     job: Job,
     subject: Subject,
@@ -412,7 +526,7 @@ def _judge(
 ) -> Verdict:
     """Check the new model and measure both; nothing is written before this is through."""
     config, (model, outcome, feed) = job.config, made
-    items = material.judge_items if outcome.gate is None else outcome.gate.confirm
+    items = _judging(material, outcome)
     every = subject.batch if subject.dynamic_batch else 1
     judges = None if material.judge is None or config.dry_run else -(-len(items) // every)
     with clock.stage("verify", judges), contextlib.ExitStack() as stack:

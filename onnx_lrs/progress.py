@@ -91,7 +91,7 @@ class Clock:
         yield
         if count is None:
             self._progress.step(name)
-        self.seconds[name] = round(time.perf_counter() - begun, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begun, 3)
 
     def total(self) -> dict[str, float]:
         """Return the stages and the total."""

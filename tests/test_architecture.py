@@ -13,8 +13,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "onnx_lrs"
 LONGEST_BODY = 60  # lines
 MOST_PARAMETERS = 8
-CALLED_BY_NAME = {"onnx_lrs.api.compress"}  # its parameters are keywords that a pipeline names; three more are allowed
-TOP = {"onnx_lrs.cli", "onnx_lrs.api", "onnx_lrs.pipeline", "onnx_lrs.comparison"}
+CALLED_BY_NAME = {  # their parameters are keywords that a pipeline names; three more are allowed
+    "onnx_lrs.api.compress",
+    "onnx_lrs.api.refine",
+}
+TOP = {"onnx_lrs.cli", "onnx_lrs.api", "onnx_lrs.pipeline", "onnx_lrs.comparison", "onnx_lrs.refining"}
 ON_THE_GROUND = {
     "onnx_lrs.errors": set(),
     "onnx_lrs.native": set(),
@@ -24,7 +27,9 @@ ON_THE_GROUND = {
     "onnx_lrs.data": {"onnx_lrs.config", "onnx_lrs.errors", "onnx_lrs.images"},
     "onnx_lrs.work": {"onnx_lrs.errors"},
 }
-OPTIONAL = {"jinja2", "markupsafe", "matplotlib", "torch", "dask", "cvxpy"}
+OPTIONAL = {"jinja2", "markupsafe", "matplotlib", "torch", "onnx2torch", "dask", "cvxpy"}
+TRAINING = {f"onnx_lrs.training.{name}" for name in ("augment", "loop", "losses", "refine", "student")}  # need torch
+DOOR = "onnx_lrs.training.door"
 BROAD = {"Exception", "BaseException"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -127,7 +132,7 @@ def test_nothing_below_imports_the_top():
         "onnx_lrs.__main__": {"onnx_lrs.cli"},
         "onnx_lrs.cli": {"onnx_lrs.api"},
         "onnx_lrs.demo": {"onnx_lrs.api"},
-        "onnx_lrs.api": {"onnx_lrs.pipeline", "onnx_lrs.comparison"},
+        "onnx_lrs.api": {"onnx_lrs.pipeline", "onnx_lrs.comparison", "onnx_lrs.refining"},
     }
     for module in MODULES.values():
         assert module.inside() & TOP <= allowed.get(module.name, set()), module.name
@@ -140,8 +145,18 @@ def test_the_ground_rests_on_nothing(name):
 
 def test_optional_libraries_are_imported_where_they_are_needed():
     for module in MODULES.values():
+        allowed = {"torch", "onnx2torch"} if module.name in TRAINING else set()
         for item in module.imports:
-            assert not (item.at_load and item.target.partition(".")[0] in OPTIONAL), (module.name, item.target)
+            found = {item.target.partition(".")[0]} & OPTIONAL
+            assert not item.at_load or found <= allowed, (module.name, item.target)
+
+
+def test_what_needs_torch_is_behind_one_door():
+    for module in MODULES.values():
+        if module.name not in TRAINING | {DOOR}:
+            assert not {"torch", "onnx2torch"} & module.packages(), module.name
+            assert not TRAINING & module.inside(), module.name
+    assert not any(item.at_load for item in MODULES[DOOR].imports if item.target in TRAINING | {"torch"})
 
 
 def test_no_module_imports_itself_through_others():

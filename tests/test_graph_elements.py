@@ -16,7 +16,7 @@ from onnx_lrs.graph import model as models
 from onnx_lrs.graph.forms import element_params, is_in_parts, stored_entries
 from onnx_lrs.graph.layers import find, weight_matrix
 from onnx_lrs.graph.model import View
-from onnx_lrs.graph.rewrite import rewrite
+from onnx_lrs.graph.rewrite import merged, rewrite
 from onnx_lrs.pipeline import Outcome
 from onnx_lrs.planning.candidates import Fitted
 from onnx_lrs.runtime import session as sessions
@@ -37,10 +37,12 @@ def rewritten(model, factors):
     before = model.SerializeToString()
     view = View(model)
     (layer,), _ = find(view)
-    result = rewrite(view, [layer], {layer.node: factors}, ranks(model)).model
+    found = rewrite(view, [layer], {layer.node: factors}, ranks(model))
     assert model.SerializeToString() == before
-    check_structure(model, result)
-    return result
+    check_structure(model, found.model)
+    for a, b in zip(run(found.model), run(merged(view, [layer], ranks(model), found)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(a).max())
+    return found.model
 
 
 def optimised(model, path) -> onnx.ModelProto:

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lrs.graph.layers import find
 from onnx_lrs.graph.model import View, signature
-from onnx_lrs.graph.rewrite import Rewritten, alive_outputs, rewrite
+from onnx_lrs.graph.rewrite import Rewritten, alive_outputs, merged, rewrite
 from tests.builders import (
     OPSETS,
     keeping,
@@ -29,6 +29,7 @@ from tests.builders import (
     shapes,
 )
 
+STORING = ("Constant", "Identity", "Transpose")  # those of a replaced weight go
 FORMS = ("low_rank", "all_channels", "channels", "both")
 NODES = {
     "low_rank": ["{op}", "{op}"],
@@ -50,7 +51,18 @@ def rewritten(model, factors) -> Rewritten:
     result = rewrite(view, layers, {nodes[name]: f for name, f in factors.items()}, ranks(model))
     assert model.SerializeToString() == before
     assert_sound(model, result.model)
+    assert_merges(model, view, layers, result)
     return result
+
+
+def assert_merges(model, view, layers, result):
+    """Check that the way back gives the old graph with weights that compute the same."""
+    back = merged(view, layers, ranks(model), result)
+    assert_sound(model, back)
+    close(run(result.model), run(back))
+    assert [(n.op_type, n.name, list(n.output)) for n in back.graph.node if n.op_type not in STORING] == [
+        (n.op_type, n.name, list(n.output)) for n in model.graph.node if n.op_type not in STORING
+    ]
 
 
 def assert_sound(old, new):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests import small_nets as nets
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINS = all(importlib.util.find_spec(name) for name in ("torch", "onnx2torch"))
 NOT_RUN_HERE = ("pip", "pytest")  # need a network, or are running already
 
 
@@ -34,7 +36,7 @@ def prepared(tmp_path, monkeypatch) -> Path:
     onnx.save(nets.conv_net(), tmp_path / "model.onnx")
     onnx.save(nets.conv_net(seed=1), tmp_path / "small.onnx")
     np.save(tmp_path / "images.npy", nets.as_floats(nets.pictures(20)))
-    for name, count in (("calibration", 20), ("test", 8)):
+    for name, count in (("calibration", 20), ("training", 40), ("test", 8)):
         for number, pixels in enumerate(nets.pictures(count, seed=len(name))):
             folder = tmp_path / name / f"class{number % 2}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,8 @@ def test_set_up_and_main_job_are_two_commands_and_so_are_the_tests():
 def test_the_commands_run(command, prepared, capsys):
     program, *argv = command
     assert program == "onnx-lrs"
+    if {"refine", "--refine"} & set(argv) and not TRAINS:
+        pytest.skip('needs pip install "onnx-lrs[refine]"')
     argv += ["--rounds", "20"] * (argv[0] == "compare")
     timed = "--data" in argv and not {"--params", "--macs", "--size"} & set(argv)
     may_be = {0, cli.UNCHANGED, errors.BudgetError.exit_code} if timed else {0}  # so small a net may not get faster

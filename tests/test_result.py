@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_lrs.config import CompareConfig, Config, CudaOptions
-from onnx_lrs.report import comparison
+from onnx_lrs.config import CompareConfig, Config, CudaOptions, Training
+from onnx_lrs.report import comparison, refinement, training
 from onnx_lrs.report import result as records
 from onnx_lrs.report.comparison import ComparedModel, Comparison, LayerTime, Timed
+from onnx_lrs.report.refinement import Refinement
 from onnx_lrs.report.result import (
     Certificate,
     ChangedAnswer,
@@ -29,16 +30,19 @@ from onnx_lrs.report.result import (
     Pareto,
     ParetoPoint,
     Ratio,
+    Refined,
     Result,
     SearchStep,
     SkippedLayer,
     Totals,
     ratio_of,
 )
+from onnx_lrs.report.training import Trained, TrainedEpoch
 
 PAGE = (Path(__file__).parent.parent / "docs" / "result.md").read_text(encoding="utf-8")
 RECORDS = [Result, Certificate, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
-RECORDS += [Optimised, OptimisedGraph, SearchStep, Changes, ChangedAnswer, Pareto, ParetoPoint, CurvePoint]
+RECORDS += [Optimised, OptimisedGraph, SearchStep, Changes, ChangedAnswer, Pareto, ParetoPoint, CurvePoint, Refined]
+REFINED, TRAINED = [Refinement], [Trained, TrainedEpoch]
 COMPARED = [Comparison, ComparedModel, Timed, LayerTime]
 
 
@@ -141,7 +145,7 @@ def documented(title: str) -> list[str]:
     return [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
 
 
-@pytest.mark.parametrize("record", RECORDS + COMPARED, ids=lambda record: record.__name__)
+@pytest.mark.parametrize("record", RECORDS + COMPARED + REFINED + TRAINED, ids=lambda record: record.__name__)
 def test_the_page_documents_every_field_of_a_record_in_order(record):
     fields = [field.name for field in dataclasses.fields(record) if field.metadata.get("json", True)]
     assert documented(record.__name__) == fields
@@ -160,7 +164,15 @@ def test_the_page_documents_every_setting_of_a_comparison():
     assert set(named) - set(fields) == {field.name for field in dataclasses.fields(CudaOptions)}
 
 
-@pytest.mark.parametrize(("module", "listed"), [(records, RECORDS), (comparison, COMPARED)])
+def test_the_page_documents_every_setting_of_a_training():
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("| `refine`")]
+    assert row.split("`")[5::2] == [field.name for field in dataclasses.fields(Training)]
+
+
+@pytest.mark.parametrize(
+    ("module", "listed"),
+    [(records, RECORDS), (comparison, COMPARED), (refinement, REFINED), (training, TRAINED)],
+)
 def test_no_record_was_forgotten(module, listed):
     public = {
         value

@@ -411,6 +411,41 @@ def test_forms_of_a_layer_are_fitted_timed_and_held_against_each_other(tmp_path)
     assert "--threads 1" in refused.stderr
 
 
+# ------------------------------------------------------------------------------------------------------- refining
+
+
+def test_refined_models_from_warm_and_cold_starts_and_in_rounds(tmp_path, tool):
+    for name in ("torch", "onnx2torch"):
+        pytest.importorskip(name)
+    onnx.save(nets.conv_net(), tmp_path / "net.onnx")
+    images = nets.as_floats(nets.pictures(90))
+    np.save(tmp_path / "data.npy", images[:60])
+    np.save(tmp_path / "test.npy", images[60:])
+    np.save(tmp_path / "labels.npy", np.arange(30) % 10)
+    given = [tmp_path / "net.onnx", *("--fit", "independent", "--threads", 1, "--autocast", "off")]
+    for flag in ("data", "test", "labels"):
+        given += [f"--{flag}", tmp_path / f"{flag}.npy"]
+    own = ["--folder", tmp_path / "out", "--budgets", "params=0.3", "--starts", "warm", "svd", "random"]
+    code, table, told = tool("compare_refined", *given, *own, "--counts", 1, 2, "--passes", 2)
+    assert code == 0, told
+    kept = records(tmp_path / "out" / "cells.jsonl")
+    assert [(c["start"], c["rounds"], c["done"]) for c in kept] == [
+        ("warm", 1, 2),
+        ("svd", 1, 2),
+        ("random", 1, 2),
+        ("warm", 2, 2),
+    ]
+    warm, svd, random, _ = (c["before"][0]["relative_l2"] for c in kept)
+    assert warm < svd < random
+    assert len({c["smaller"] for c in kept[:3]}) == 1  # the same ranks and channels
+    code, again, told = tool("compare_refined", *given, *own, "--counts", 1, 2, "--passes", 2)
+    assert again == table
+    assert "params=0.3" not in told  # nothing was done again
+    code, rendered, _ = tool("compare_refined", "--render", tmp_path / "out" / "cells.jsonl")
+    assert code == 0
+    assert rendered.strip() in table
+
+
 # ------------------------------------------------------------------------------------------------ GPUs, without one
 
 

@@ -375,11 +375,12 @@ OTHER = {
     "preprocess": onnx_lrs.Preprocess(scale=0.5),
     "latency_table": "there.json",
     "plan": "plan.json",
+    "refine": onnx_lrs.Training(),
     "report": "report.html",
 }
 
 
-PLANNING = {"budget", "batch", "provider", "latency_table", "plan", "report"}  # choose among the same curves
+PLANNING = {"budget", "batch", "provider", "latency_table", "plan", "refine", "report"}  # choose among the same curves
 
 
 def test_the_key_changes_with_every_setting_that_curves_and_fits_depend_on():

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,7 +138,6 @@ def examine(
     layers, skipped = _that_fit(*found, config.memory_bytes)
     feed = _probe_feed(config, inputs, samples, dynamic)
     shapes = measure_shapes(folded, view, sorted(tensors_around(layers)), feed, config.threads)
-    in_memory = isinstance(source, onnx.ModelProto)
     dynamic = dynamic and samples is not None and takes_batches(folded, samples, config.threads)
     return Subject(
         original=original,
@@ -151,7 +149,7 @@ def examine(
         shapes=shapes,
         macs=macs_by_node(view, shapes),
         params=models.weight_count(original),
-        file_bytes=original.ByteSize() if in_memory else models.file_bytes(pathlib.Path(source)),
+        file_bytes=models.source_bytes(source),
         dynamic_batch=dynamic,
         batch=_batch(layers, shapes, feed, samples, config),
         scratch=scratch,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Site:
     ``bias`` (out,) is the new bias or None; ``passed_bias`` the name of a Gemm's C that is kept as it is; ``index`` the
     positions to gather from the input's channels (None: all of them, in order); ``feature_axis`` the axis they lie on;
     ``takes_sparse`` whether the model's format has sparse initialisers; ``scratch`` takes large new weights, or None.
+    ``made`` collects the names of the layer's new initialisers by role.
     """
 
     layer: Layer
@@ -57,10 +59,11 @@ class Site:
     feature_axis: int
     takes_sparse: bool
     scratch: Scratch | None = None
+    made: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def constant(self, role: str, values: NDArray[Any], dtype: type = np.float32) -> gs.Tensor:
         """Return a new initialiser of this layer."""
-        name = self.names.fresh(f"{self.layer.name}.{role}")
+        name = self.made[role] = self.names.fresh(f"{self.layer.name}.{role}")
         return stored_constant(name, np.ascontiguousarray(values, dtype=dtype), self.scratch)
 
     def tensor(self, role: str) -> gs.Variable:
@@ -163,7 +166,8 @@ def _sparse_constant(site: Site, entries: scipy.sparse.csr_array) -> SparseConst
     rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
     shape = _weight_shape(site.layer, entries.shape[0])
     stored = sparse_tensor(rows * matrix.shape[1] + matrix.indices, matrix.data, shape)
-    return SparseConstant(site.names.fresh(f"{site.layer.name}.elements"), stored)
+    name = site.made["elements"] = site.names.fresh(f"{site.layer.name}.elements")
+    return SparseConstant(name, stored)
 
 
 def _spatial(site: Site, factors: SpatialFactors, x: gs.Tensor, y: gs.Tensor) -> list[gs.Node]:
@@ -251,6 +255,44 @@ def _pointwise(site: Site, role: str, matrix: Floats, x: gs.Tensor, y: gs.Tensor
     weight = site.constant(role, matrix.reshape(*matrix.shape, *ones))
     bias = [] if site.bias is None else [site.constant("bias", site.bias)]
     return gs.Node("Conv", name, {"kernel_shape": ones}, [x, weight, *bias], [y])
+
+
+def dense_of(layer: Layer, factors: AnyFactors, stored: Mapping[str, NDArray[Any]]) -> Floats:
+    """Return the weight, (out, d), that factors stand for when their initialisers hold other values.
+
+    Parameters
+    ----------
+    layer : Layer
+    factors : Factors, SpatialFactors or ElementFactors
+        What :func:`build` was given; of them only the shapes and the kept channels are used.
+    stored : mapping of role to ndarray
+        The values by ``Site.made``, in the shapes that they have in the file; sparse ones dense.
+    """
+    if isinstance(factors, ElementFactors) and "weight" in stored:
+        return _unshaped(layer, stored["weight"])
+    if isinstance(factors, ElementFactors):
+        dense = np.zeros(factors.sparse.shape)
+        if factors.rank:
+            dense += _unshaped(layer, stored["left"]) @ _unshaped(layer, stored["right"])
+        return dense + _unshaped(layer, stored["elements"]) if "elements" in stored else dense
+    roles = {"left": "left", "right": "right", "sparse": "sparse"}
+    if isinstance(factors, TuckerFactors):
+        roles = {"outer": "outer", "left": "core", "right": "projection"}
+    elif isinstance(factors, ProjectedFactors):
+        roles = {"left": "kernel", "right": "projection"}
+    elif isinstance(factors, SpatialFactors):
+        roles = {"left": "horizontal", "right": "vertical"}
+    parts = {field: stored[role] for field, role in roles.items() if role in stored}
+    if isinstance(factors, Factors):
+        parts = {field: _unshaped(layer, values) for field, values in parts.items()}
+    shaped = {field: np.asarray(v, np.float64).reshape(getattr(factors, field).shape) for field, v in parts.items()}
+    return dataclasses.replace(factors, **shaped).dense()  # type: ignore[arg-type]
+
+
+def _unshaped(layer: Layer, values: NDArray[Any]) -> Floats:
+    """Return a stored weight as a matrix (rows, columns)."""
+    matrix = np.asarray(values, np.float64)
+    return matrix.reshape(len(matrix), -1) if layer.op == "Conv" else _turned(layer, matrix)
 
 
 def _is_turned(layer: Layer) -> bool:

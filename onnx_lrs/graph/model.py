@@ -226,6 +226,11 @@ def file_bytes(path: pathlib.Path) -> int:
     return path.stat().st_size + sum((path.parent / place).stat().st_size for place in external_places(path))
 
 
+def source_bytes(source: ModelSource) -> int:
+    """Return the size of a model in bytes: of its files, or as it is in memory."""
+    return source.ByteSize() if isinstance(source, onnx.ModelProto) else file_bytes(pathlib.Path(source))
+
+
 def stored_bytes(model: onnx.ModelProto) -> int:
     """Return the bytes of a model with those of its weights that lie in files."""
     return int(model.ByteSize()) + weights.outside_bytes(model)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnx_lrs.graph.forms import Site, build, feature_axis
+from onnx_lrs.graph.forms import Site, build, dense_of, feature_axis
 from onnx_lrs.graph.layers import Layer, bias_row, weight_matrix
 from onnx_lrs.graph.model import View, is_standard, takes_sparse
 from onnx_lrs.graph.splice import Edit, Names, splice
+from onnx_lrs.graph.tuning import constants, with_values
 from onnx_lrs.graph.weights import Scratch
 from onnx_lrs.solvers.problem import AnyFactors, ElementFactors, Factors, SpatialFactors
 
@@ -33,10 +34,16 @@ Indices = NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Rewritten:
-    """The new model, and for each layer (by node) that lost filters the ones it still has."""
+    """The new model, and for each layer (by node) that lost filters the ones it still has.
+
+    ``placed`` are the factors of each layer that was replaced, of the filters it still has, and ``made`` the names of
+    its new initialisers by role.
+    """
 
     model: onnx.ModelProto
     kept_outputs: Mapping[str, Indices]
+    placed: Mapping[str, AnyFactors] = dataclasses.field(default_factory=dict)
+    made: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
 
 def rewrite(
@@ -68,6 +75,8 @@ def rewrite(
     """
     alive, reshaped = alive_outputs(view, layers, {n: f.kept for n, f in factors.items() if _reads_only_kept(f)})
     nodes: dict[str, list[gs.Node]] = {}
+    placed: dict[str, AnyFactors] = {}
+    made: dict[str, Mapping[str, str]] = {}
     names = Names(view.model)
     for layer in layers:
         given = factors.get(layer.node)
@@ -80,10 +89,56 @@ def rewrite(
         axis = feature_axis(layer.op, layer.geometry, ranks.get(layer.input))
         site = _site(view, names, layer, used, (rows, source), axis)
         site = dataclasses.replace(site, scratch=scratch)
-        nodes[layer.node] = build(site, used if rows is None else take_rows(used, rows))
+        placed[layer.node] = used if rows is None else take_rows(used, rows)
+        nodes[layer.node] = build(site, placed[layer.node])
         if layer.bias_add is not None and site.bias is not None:
-            nodes[layer.bias_add] = [_new_add(view, layer, names, site.bias)]
-    return Rewritten(splice(view.model, Edit(nodes=nodes, reshaped=frozenset(reshaped))), alive)
+            nodes[layer.bias_add] = [_new_add(view, layer, site, site.bias)]
+        made[layer.node] = site.made
+    return Rewritten(splice(view.model, Edit(nodes=nodes, reshaped=frozenset(reshaped))), alive, placed, made)
+
+
+def merged(
+    view: View,
+    layers: Sequence[Layer],
+    ranks: Mapping[str, int],
+    rewritten: Rewritten,
+) -> onnx.ModelProto:
+    """Return the graph as it was before :func:`rewrite`, dense, with the weights that the new one has come to.
+
+    Filters that nobody reads any more keep the weights that they had; channels that nobody keeps have weight zero.
+
+    Parameters
+    ----------
+    view, layers, ranks
+        What :func:`rewrite` was given.
+    rewritten : Rewritten
+        What it returned, its model with other values by now.
+    """
+    values = constants(rewritten.model)
+    model = with_values(view.model, {name: values[name] for name in constants(view.model).keys() & values.keys()})
+    now, dense = View(model), {}
+    for layer in layers:
+        if layer.node in rewritten.placed:
+            stored = {role: values[name] for role, name in rewritten.made[layer.node].items() if name in values}
+            dense[layer.node] = _merged_layer(now, layer, rewritten, stored)
+    found = rewrite(now, layers, dense, ranks).model
+    names = {layer.node: view.tensors[layer.node].inputs[0].name for layer in layers}
+    for node in found.graph.node:  # layers are called by their nodes, and --exclude goes by that
+        if node.output and node.output[0] in names:
+            node.name = names[node.output[0]]
+    return found
+
+
+def _merged_layer(view: View, layer: Layer, rewritten: Rewritten, stored: Mapping[str, NDArray[Any]]) -> Factors:
+    """Return a layer with the weights that its factors have come to, as a sparse part that keeps every channel."""
+    factors = _as_dense(view, layer)
+    rows = rewritten.kept_outputs.get(layer.node, np.arange(layer.out))
+    factors.sparse[rows] = dense_of(layer, rewritten.placed[layer.node], stored)
+    if "bias" in stored:
+        old = bias_row(view, layer)
+        shift = np.asarray(stored["bias"], np.float64).reshape(-1)
+        factors.bias_shift[rows] = shift if old is None else shift - old[rows]
+    return factors
 
 
 def _site(
@@ -129,13 +184,13 @@ def _passed_bias(view: View, layer: Layer) -> str | None:
     return node.inputs[2].name if len(node.inputs) > 2 and node.inputs[2].name else None
 
 
-def _new_add(view: View, layer: Layer, names: Names, bias: NDArray[np.float64]) -> gs.Node:
+def _new_add(view: View, layer: Layer, site: Site, bias: NDArray[np.float64]) -> gs.Node:
     """Return the Add behind a MatMul with the new bias, its operands in the old order."""
     assert layer.bias is not None
     assert layer.bias_add is not None
     add = view.tensors[layer.bias_add].inputs[0]
     shape = view.constant(layer.bias).shape
-    value = gs.Constant(names.fresh(f"{layer.name}.bias"), bias.astype(np.float32).reshape(*shape[:-1], -1))
+    value = site.constant("bias", bias.reshape(*shape[:-1], -1))
     inputs = [value if t.name == layer.bias else gs.Variable(t.name) for t in add.inputs]
     return gs.Node(add.op, add.name, add.attrs, inputs, [gs.Variable(layer.bias_add)], domain=add.domain)
 

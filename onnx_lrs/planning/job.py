@@ -15,7 +15,10 @@ from onnx_lrs.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the caller asked for; ``call`` repeats it, as a command line or as Python."""
+    """What the caller asked for; ``call`` repeats it, as a command line or as Python.
+
+    ``reference`` is the original where ``source`` is what an earlier round of refining has made of it.
+    """
 
     source: ModelSource
     output: pathlib.Path | None
@@ -25,6 +28,12 @@ class Job:
     executor: Executor | None = None
     metric: Metric | None = None
     call: str = ""
+    reference: ModelSource | None = None
+
+    @property
+    def original(self) -> ModelSource:
+        """What everything is compared with."""
+        return self.source if self.reference is None else self.reference
 
     @property
     def budget(self) -> Budget:

@@ -25,7 +25,9 @@ from rich.text import Text
 
 from onnx_lrs.report import words
 from onnx_lrs.report.comparison import Comparison
+from onnx_lrs.report.refinement import Refinement
 from onnx_lrs.report.result import Inspection, LayerInfo, LayerResult, Optimised, OutputQuality, Result
+from onnx_lrs.report.training import Trained
 
 REPORT_WIDTH = 100
 SUMMARY_LAYERS = 8
@@ -180,6 +182,8 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
     """
     blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result)]
     blocks += [*_optimised(result.optimised, verbose), "", *_quality(result)]
+    if result.refined is not None:
+        blocks += ["", *_trained(result.refined.rounds[-1], verbose)]
     blocks += [*_search(result), "", *_layers(result, verbose), *_certificate(result)]
     blocks += _skipped_all(result) if verbose else _skipped_summary(result)
     blocks += ["", *_notes(result.notes), _effort_line(result, verbose)]
@@ -315,7 +319,8 @@ def _quality(result: Result) -> list[RenderableType]:
     table = _table(*known, title="Quality on held-out samples, against the original model")
     for row in zip(*known.values(), strict=True):
         table.add_row(*map(_text, row))
-    return [table]
+    before = () if result.refined is None else result.refined.before
+    return [table, *(_text(words.before_training(quality)) for quality in before)]
 
 
 def _accuracy(quality: OutputQuality) -> str:
@@ -447,6 +452,50 @@ def print_comparison(comparison: Comparison, *, console: Console | None = None) 
         blocks += ["", _layer_times(comparison)]
     blocks += ["", _text(comparison.machine()), *_notes(comparison.notes)]
     _print(blocks, console or stderr_console())
+
+
+def print_refinement(refinement: Refinement, verbose: bool = False, *, console: Console | None = None) -> None:
+    """Print the quality before and after training and how the loss fell; on stderr by default."""
+    effort = f"Took {words.seconds(refinement.seconds['total'])}"
+    effort += f", peak memory {words.byte_count(refinement.peak_memory_bytes)}."
+    blocks: list[RenderableType] = ["", _refined_quality(refinement), "", *_trained(refinement.trained, verbose), ""]
+    console = console or stderr_console()
+    _print([*blocks, *_notes(refinement.notes), _text(effort)], console)
+    written = "Nothing was written: no output file was named."
+    console.print(_text(f"Wrote {refinement.output}" if refinement.output else written), soft_wrap=True)
+
+
+def _trained(trained: Trained, verbose: bool) -> list[RenderableType]:
+    """Return how the loss fell: first, best and last epoch, or all."""
+    table = _table(">Epoch", ">Loss", ">On samples that select", ">Same class", ">Seconds", title="Training")
+    chosen = {0, trained.best, trained.epochs[-1].number}
+    for epoch in trained.epochs:
+        if verbose or epoch.number in chosen:
+            loss = words.UNKNOWN if epoch.loss is None else f"{epoch.loss:.4g}"
+            figures = (loss, f"{epoch.selected:.4g}", words.percent(epoch.agreement), f"{epoch.seconds:.1f}")
+            table.add_row(str(epoch.number), *figures)
+    kinds = ", ".join(f"{name}: {kind}" for name, kind in trained.loss.items())
+    what = f"{words.count(trained.weights)} weights on {trained.samples} samples, {trained.selecting} others select"
+    half = ", bfloat16" if trained.bfloat16 else ""
+    return [table, _text(f"Epoch {trained.best} was the best. Trained {what} (loss {kinds}{half}).")]
+
+
+def _refined_quality(refinement: Refinement) -> Table:
+    table = _table(
+        "Output",
+        "",
+        ">Relative error",
+        ">Top-1 same",
+        ">Accuracy",
+        title="Against the original model, on held-out samples",
+    )
+    for before, after in zip(refinement.before, refinement.after, strict=True):
+        if before.accuracy_before is not None:
+            table.add_row(_text(before.name), "original", "", "", words.percent(before.accuracy_before))
+        for name, quality in (("compressed", before), ("refined", after)):
+            figures = (quality.relative_l2, quality.top1_agreement, quality.accuracy_after)
+            table.add_row(_text(quality.name), name, *map(words.percent, figures))
+    return table
 
 
 def _timings(comparison: Comparison) -> Table:

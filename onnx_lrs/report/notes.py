@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from onnx_lrs.calibration.capture import has_few_columns, is_wide
 from onnx_lrs.calibration.subject import Material, Subject
 from onnx_lrs.graph import model as models
@@ -11,6 +13,7 @@ from onnx_lrs.planning.course import Outcome
 from onnx_lrs.planning.job import Job
 from onnx_lrs.report.result import LayerResult, OutputQuality, Totals
 from onnx_lrs.report.tolerances import SLOWER
+from onnx_lrs.report.training import Trained
 from onnx_lrs.runtime.session import is_mapped
 from onnx_lrs.solvers import METHODS, Status
 from onnx_lrs.solvers.problem import ElementFactors
@@ -181,3 +184,26 @@ def mapped_notes(subject: Subject) -> list[str]:
     if not is_mapped(subject.original):
         return []
     return ["Both latencies are those of weights mapped from their files; ONNX Runtime's default packs them in memory."]
+
+
+def refined_notes(rounds: Sequence[Trained], layers: bool = False) -> list[str]:
+    """Return what the user has to know about training; ``layers`` says whether errors of layers are shown."""
+    notes, last = [], rounds[-1]
+    if layers:
+        notes.append("The errors of the layers are those before training.")
+    if last.best == 0:
+        notes.append("Training made nothing better: the weights are those of before.")
+    endings = {
+        "time": "the time was over",
+        "no gain": "nothing had become better for a while",
+        "interrupted": "it was interrupted",
+        "diverged": "the loss was no longer finite; a smaller --learning-rate may help",
+    }
+    for trained in rounds:
+        if trained.ended in endings:
+            which = "" if len(rounds) == 1 else f" in round {rounds.index(trained) + 1}"
+            done = trained.epochs[-1].number
+            notes.append(
+                f"Training ended{which} behind epoch {done}: {endings[trained.ended]}. Its best state is kept."
+            )
+    return notes

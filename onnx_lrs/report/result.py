@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import onnx
 
 from onnx_lrs.report.record import Report
+from onnx_lrs.report.training import Trained
 
 SCHEMA = 1
 
@@ -273,6 +274,18 @@ class OutputQuality:
 
 
 @dataclasses.dataclass(frozen=True)
+class Refined:
+    """What refining did to a compressed model before it was judged.
+
+    ``before`` is what the compressed model gave on the samples that judge, ``rounds`` what training did in each round,
+    the last one with the model that was written.
+    """
+
+    before: tuple[OutputQuality, ...]
+    rounds: tuple[Trained, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Result(Report):
     """The outcome of :func:`onnx_lrs.compress`.
 
@@ -285,8 +298,8 @@ class Result(Report):
     questions of a search for what ``max_drop`` allows. ``unchanged`` says why the original was kept, empty where it was
     not; with ``dry_run`` nothing was fitted, and errors are those that the plan counts with. ``changes`` tells of each
     output with classes which samples changed theirs, None without quality. ``pareto`` is what other budgets would have
-    cost, where a report was asked for and a plan was made. ``call`` repeats the run: the command line, or the Python
-    call with objects abbreviated.
+    cost, where a report was asked for and a plan was made. ``refined`` is what training did, None without it. ``call``
+    repeats the run: the command line, or the Python call with objects abbreviated.
     """
 
     input: str | None
@@ -312,6 +325,7 @@ class Result(Report):
     dry_run: bool = False
     changes: tuple[Changes, ...] | None = None
     pareto: Pareto | None = None
+    refined: Refined | None = None
     call: str = ""
     schema: int = SCHEMA
     model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})

@@ -81,6 +81,7 @@ def content(result: Result) -> dict[str, Any]:
         "machine": machine(result.settings, result.environment),
         "quality": result.quality[:MOST_OUTPUTS] if result.quality else (),
         "no_quality": _no_quality(result),
+        "before_training": result.refined.before[:MOST_OUTPUTS] if result.refined else (),
         "changes": changes_of(result.changes or ()),
         "layers": _layers(result),
         "more_layers": max(len(result.layers) - MOST_ROWS, 0),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from onnx_lrs.report.comparison import Timed
-    from onnx_lrs.report.result import LayerResult, SearchStep
+    from onnx_lrs.report.result import LayerResult, OutputQuality, SearchStep
 
 UNKNOWN = "-"
 COSTS = {"latency": "latency", "params": "parameters", "macs": "multiply-accumulates", "size": "file size"}
@@ -139,3 +139,13 @@ def said(timed: Timed) -> str:
     if timed.verdict == "slower":
         return f"{timed.ratio:.2f}x slower"
     return "" if timed.verdict == "first" else "too noisy to tell"
+
+
+def before_training(quality: OutputQuality) -> str:
+    """Return what an output of the compressed model was like before it was trained."""
+    told = [f"relative error {percent(quality.relative_l2)}"]
+    if quality.top1_agreement is not None:
+        told.append(f"top-1 same {percent(quality.top1_agreement)}")
+    if quality.accuracy_after is not None:
+        told.append(f"accuracy {percent(quality.accuracy_after)}")
+    return f"Before training, {quality.name}: {', '.join(told)}."
