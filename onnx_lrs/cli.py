@@ -319,6 +319,9 @@ def _add_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     train.add_argument(
         "--label-share", type=float, metavar="F", help=f"of the labels in the loss, if any ({default.label_share:g})"
     )
+    train.add_argument(
+        "--block-share", type=float, metavar="F", help="of the tensors between blocks in the loss (0: outputs only)"
+    )
     train.add_argument("--no-augment", dest="augment", action="store_false", default=None, help="images as they are")
     train.add_argument("--patience", type=int, metavar="N", help=f"epochs without a gain ({default.patience})")
     train.add_argument("--device", metavar="NAME", help="cpu (default) or cuda")

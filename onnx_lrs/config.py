@@ -212,7 +212,9 @@ class Training:
     temperature : float
         Both sides' class scores are divided by it.
     label_share : float
-        Of the cross entropy in the loss of class scores, where there are labels, in [0, 1].
+        Of the cross entropy in the loss of outputs with classes, where there are labels, in [0, 1].
+    block_share : float
+        Of the relative squared errors of the tensors between blocks in the loss, in [0, 1).
     augment : bool
         Shift and mirror images.
     patience : int
@@ -236,6 +238,7 @@ class Training:
     loss: Compared = "auto"
     temperature: float = 4.0
     label_share: float = 0.3
+    block_share: float = 0.0
     augment: bool = True
     patience: int = 10
     device: Literal["cpu", "cuda"] = "cpu"
@@ -252,6 +255,7 @@ class Training:
         _require(self.train_batch >= 1, f"--train-batch is {self.train_batch}; it must be at least 1.")
         _require(0 <= self.weight_decay < 1, f"weight_decay is {self.weight_decay}; it must be in [0, 1).")
         _require(0 <= self.label_share <= 1, f"--label-share is {self.label_share}; it must be in [0, 1].")
+        _require(0 <= self.block_share < 1, f"--block-share is {self.block_share}; it must be in [0, 1).")
         _require(self.patience >= 1, f"--patience is {self.patience}; it must be at least 1.")
         for name, known in (("loss", COMPARED), ("device", ("cpu", "cuda")), ("autocast", ("auto", "on", "off"))):
             value = getattr(self, name)

@@ -69,7 +69,7 @@ from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_a
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Status
 from onnx_lrs.solvers.problem import Columns, ElementFactors, Factors, ProjectedFactors, SpatialFactors, TuckerFactors
 from onnx_lrs.training.door import KEPT as KEPT_OF_TRAINING
-from onnx_lrs.training.door import check_training, train
+from onnx_lrs.training.door import check_operators, check_training, train
 from onnx_lrs.work import Identity, Work, refuse_file
 
 KEPT = (  # in a folder
@@ -171,6 +171,8 @@ def _make(job: Job, clock: Clock, stack: contextlib.ExitStack, on_the_way: bool 
         scratch = stack.enter_context(scratch_for(source, job.output))
         subject = examine(job.source, source, job.config, material.samples, scratch)
         _refuse_without_layers(job, subject)
+        if job.config.refine is not None and not job.config.dry_run:
+            check_operators(original)
         if job.reference is not None:
             subject = dataclasses.replace(
                 subject,

@@ -144,6 +144,42 @@ def test_an_operator_that_cannot_be_translated_is_named_and_nothing_is_written(p
 
 
 @needs_torch
+def test_compress_says_so_before_it_fits_anything(tmp_path):
+    model = nets.conv_net()
+    model.graph.node[-1].output[0] = "scores"
+    model.graph.node.append(onnx.helper.make_node("Hardmax", ["scores"], ["logits"]))
+    stages = []
+
+    class Note(onnx_lrs.progress.Silent):
+        def stage(self, name, steps):
+            stages.append(name)
+
+    config = dataclasses.replace(CONFIG, budget=Budget(params=0.2), refine=COURSE)
+    with pytest.raises(ModelError, match="Hardmax"):
+        onnx_lrs.compress(model, tmp_path / "out.onnx", data=IMAGES, config=config, progress=Note())
+    assert stages == ["load"]
+
+
+@needs_torch
+def test_tensors_between_blocks_may_be_compared_too(pair):
+    near, plain = (
+        onnx_lrs.refine(*pair, data=IMAGES, training=dataclasses.replace(COURSE, block_share=share), config=CONFIG)
+        for share in (0.5, 0.0)
+    )
+    assert set(plain.trained.loss) == {"logits"}
+    assert {"r1", "flat"} <= set(near.trained.loss)
+    assert near.after[0].relative_l2 < near.before[0].relative_l2
+    assert near.model != plain.model
+
+
+@needs_torch
+def test_the_divergence_needs_classes():
+    model, data = nets.block(), nets.sentences(40)
+    with pytest.raises(ConfigError, match="--loss kl compares class scores; the outputs are"):
+        onnx_lrs.refine(model, model, data=data, training=dataclasses.replace(COURSE, loss="kl"), config=CONFIG)
+
+
+@needs_torch
 def test_models_that_do_not_belong_together_are_refused(pair):
     with pytest.raises(ModelError, match="The models' inputs differ"):
         onnx_lrs.refine(nets.block(), pair[1], data=IMAGES)
@@ -184,6 +220,7 @@ def test_without_the_extra_the_message_names_it(pair, monkeypatch):
         ({"label_share": 1.5}, "--label-share is 1.5"),
         ({"loss": "mse"}, "--loss is 'mse'"),
         ({"device": "tpu"}, "--device is 'tpu'"),
+        ({"block_share": 1.0}, "--block-share is 1.0"),
         ({"patience": 0}, "--patience is 0"),
         ({"train_batch": 0}, "--train-batch is 0"),
         ({"autocast": "maybe"}, "--autocast is 'maybe'"),
@@ -268,19 +305,8 @@ def files(pair, tmp_path):
 def test_the_command_refines_and_tells_what_became_better(files, tmp_path, capfd):
     model, small, data = files
     report = tmp_path / "refined.json"
-    flags = [
-        "--data",
-        data,
-        "--epochs",
-        "8",
-        "--learning-rate",
-        "0.01",
-        "--no-augment",
-        "--threads",
-        "1",
-        "--json",
-        str(report),
-    ]
+    flags = ["--data", data, "--threads", "1", "--json", str(report), "--no-augment"]
+    flags += ["--train-batch", "8", "--learning-rate", "0.003"]
     assert cli.main(["refine", model, small, "-o", str(tmp_path / "out.onnx"), *flags]) == 0
     told = capfd.readouterr().err
     assert "Against the original model" in told

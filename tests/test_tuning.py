@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_lrs.graph.layers import find
 from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import rewrite
-from onnx_lrs.graph.tuning import constants, twin, with_values
+from onnx_lrs.graph.tuning import boundaries, constants, twin, with_values
 from tests.builders import (
     OPSETS,
     layout,
@@ -150,6 +150,24 @@ def test_nothing_but_values_changes():
             sparse.values.ClearField("float_data")
             sparse.values.ClearField("raw_data")
     assert changed == model
+
+
+def test_boundaries_are_where_all_data_flows():
+    values = {f"w{i}": normal(4, 4, 1, 1, seed=i) for i in range(4)}
+    nodes = [
+        node("Conv", ["x", "w0"], ["c0"]),
+        node("Relu", ["c0"], ["r0"]),
+        node("Conv", ["r0", "w1"], ["c1"]),
+        node("Relu", ["c1"], ["r1"]),  # beside the shortcut
+        node("Conv", ["r1", "w2"], ["c2"]),
+        node("Add", ["c2", "r0"], ["a"]),
+        node("Relu", ["a"], ["r2"]),
+        node("Conv", ["r2", "w3"], ["y"]),
+    ]
+    model = make(nodes, {"x": (1, 4, 3, 3)}, ["y"], values)
+    assert boundaries(model, model) == ["r0", "a", "r2"]
+    other = make([*nodes[:2], node("Conv", ["r0", "w3"], ["y"])], {"x": (1, 4, 3, 3)}, ["y"], values)
+    assert boundaries(model, other) == ["r0"]
 
 
 def test_unknown_names_and_other_shapes_are_refused():

@@ -251,6 +251,30 @@ def with_values(original: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.
     return model
 
 
+def boundaries(original: onnx.ModelProto, compressed: onnx.ModelProto) -> list[str]:
+    """Return the tensors between blocks that both models have, in order: all data flows through each of them.
+
+    Outputs of layers and normalisations are left out: a normalisation folded into a layer changes what a name means.
+    """
+    both = set(_cuts(original))
+    return [name for name in _cuts(compressed) if name in both]
+
+
+def _cuts(model: onnx.ModelProto) -> Iterator[str]:
+    ends = {value.name for value in model.graph.output}
+    last = {name: place for place, node in enumerate(model.graph.node) for name in outer_reads(node)}
+    alive = {value.name for value in model.graph.input} & last.keys()
+    alive -= {tensor.name for tensor in model.graph.initializer}
+    for place, node in enumerate(model.graph.node):
+        if alive.isdisjoint(outer_reads(node)):
+            continue  # computed from constants
+        alive |= set(node.output) & last.keys()
+        alive -= {name for name in alive if last[name] <= place}
+        first = node.output[0]
+        if alive == {first} and first not in ends and node.op_type not in (*MULTIPLIED, "BatchNormalization"):
+            yield first
+
+
 def _constant_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, TensorProto]]:
     for node in model.graph.node:
         if node.op_type == "Constant" and is_standard(node.domain) and node.attribute[0].name == "value":

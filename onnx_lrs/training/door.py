@@ -43,6 +43,19 @@ def check_training(training: Training) -> None:
             raise ConfigError("--device cuda: PyTorch finds no CUDA device.", "Use --device cpu.")
 
 
+def check_operators(model: onnx.ModelProto) -> None:
+    """Refuse a model that could not be translated; what compressing adds to it can be.
+
+    Raises
+    ------
+    ModelError
+        If onnx2torch does not know an operator, with the names of all of them.
+    """
+    from onnx_lrs.training.student import translatable
+
+    translatable(model)
+
+
 def train(
     pair: tuple[onnx.ModelProto, onnx.ModelProto],
     material: Material,

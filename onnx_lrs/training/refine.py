@@ -20,7 +20,7 @@ from onnx_lrs.errors import ConfigError, VerificationError
 from onnx_lrs.graph import tuning
 from onnx_lrs.graph.model import is_standard, signature
 from onnx_lrs.report.training import Trained, TrainedEpoch
-from onnx_lrs.runtime.session import Feed, Session
+from onnx_lrs.runtime.session import Feed, Session, with_outputs
 from onnx_lrs.training.loop import Pool, Trainer
 from onnx_lrs.training.losses import Goal, Loss
 from onnx_lrs.training.state import State
@@ -76,21 +76,25 @@ def refined(
     threads, seed = threads_and_seed
     torch.set_num_threads(threads)
     names = [spec.name for spec in signature(original)[1] if spec.dtype.kind == "f"]
-    student = Student(tuning.twin(compressed), names)
-    with Session(original, threads) as session, warnings.catch_warnings():
+    between = tuning.boundaries(original, compressed) if training.block_share else []
+    student = Student(tuning.twin(compressed), [*names, *between])
+    pools = _pool(lesson, lesson.train), _pool(lesson, lesson.select)
+    _check_parity(compressed, student, names, pools[1], threads)
+    teaching = with_outputs(original, [*names, *between]) if between else original
+    with Session(teaching, threads) as session, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="onnx2torch")  # of things that nobody here can mend
 
         def teacher(feed: Feed) -> Feed:
-            return session.run(feed, names)
+            return session.run(feed, [goal.name for goal in goals])
 
-        pools = _pool(lesson, lesson.train), _pool(lesson, lesson.select)
-        goals = _goals(original, session, pools[1], names, training.loss)
-        _check_parity(compressed, student, pools[1], threads)
+        seen = next(pools[1].batches(range(len(pools[1])), SEEN)).feed
+        goals = _goals(original, session.run(seen, names), training)
+        goals += _between(session.run(seen, between), student, seen, training.block_share) if between else ()
         loss = Loss(goals, training.temperature, 0.0 if lesson.labels is None else training.label_share)
         trainer = Trainer(student, teacher, loss, pools, training, seed)
         state = trainer.run(kept[0], kept[1], tell)
     model = tuning.with_values(compressed, state.best)
-    _check_parity(model, Student(tuning.twin(model), names), pools[1], threads)
+    _check_parity(model, Student(tuning.twin(model), names), names, pools[1], threads)
     return model, Trained(
         epochs=state.history,
         best=state.best_epoch.number,
@@ -112,35 +116,44 @@ def _pool(lesson: Lesson, items: NDArray[np.int64]) -> Pool:
     return Pool(feeds, [labels[item] for item in items], lesson.joined)
 
 
-def _goals(
-    original: onnx.ModelProto, session: Session, pool: Pool, names: Sequence[str], asked: str
-) -> tuple[Goal, ...]:
-    feed = next(pool.batches(range(len(pool)), SEEN)).feed
+def _goals(original: onnx.ModelProto, seen: Feed, training: Training) -> tuple[Goal, ...]:
+    """Return how each output is compared; ``seen`` are some of the original's."""
     makers = {output: node for node in original.graph.node for output in node.output}
     goals = []
-    for name, value in session.run(feed, list(names)).items():
+    for name, value in seen.items():
         maker = makers[name].op_type if name in makers and is_standard(makers[name].domain) else ""
-        classes = value.ndim == 2 and value.shape[1] > 1
-        kind = asked
-        if asked == "auto":
-            kind = "kl" if classes and maker in PROBABLE else "l2"
-        if kind == "kl" and not classes:
-            raise ConfigError(f"--loss kl: output {name!r} of shape {list(value.shape)} is no class scores.", "Use l2.")
-        rows = len(value) if value.ndim else 1
-        scale = float(np.square(value, dtype=np.float64).sum()) / rows
-        known = kind == "kl" or (classes and maker in (*SCORED, *PROBABLE))
-        goals.append(Goal(name, kind, maker == "Softmax", max(scale, 1e-12), 1 / len(names), known))
+        classes = value.ndim == 2 and value.shape[1] > 1 and (maker in (*SCORED, *PROBABLE) or training.loss == "kl")
+        divergence = classes and (training.loss == "kl" or (training.loss == "auto" and maker in PROBABLE))
+        kind, weight = "kl" if divergence else "l2", (1 - training.block_share) / len(seen)
+        goals.append(Goal(name, kind, maker == "Softmax", _size(value), weight, classes))
+    if training.loss == "kl" and not any(goal.kind == "kl" for goal in goals):
+        told = ", ".join(f"{name!r} {list(value.shape)}" for name, value in seen.items())
+        raise ConfigError(f"--loss kl compares class scores; the outputs are {told}.", "Use --loss l2.")
     return tuple(goals)
 
 
-def _check_parity(model: onnx.ModelProto, student: Student, pool: Pool, threads: int) -> None:
+def _between(seen: Feed, student: Student, feed: Feed, share: float) -> tuple[Goal, ...]:
+    """Return the goals of tensors between blocks; those that lost filters are left out."""
+    with torch.no_grad():
+        found = student(*(torch.from_numpy(np.ascontiguousarray(value)) for value in feed.values()))
+    alike = {name: value for name, value in seen.items() if tuple(found[name].shape) == value.shape}
+    return tuple(Goal(name, "l2", scale=_size(value), weight=share / len(alike)) for name, value in alike.items())
+
+
+def _size(value: NDArray[np.generic]) -> float:
+    """Return the mean sum of squares of a row."""
+    rows = len(value) if value.ndim else 1
+    return max(float(np.square(value, dtype=np.float64).sum()) / rows, 1e-12)
+
+
+def _check_parity(model: onnx.ModelProto, student: Student, names: Sequence[str], pool: Pool, threads: int) -> None:
     """Refuse a translation that does not compute what the file does."""
     feed = next(pool.batches(range(len(pool)), 8)).feed
     with Session(model, threads) as session, torch.no_grad():
-        wanted = session.run(feed)
+        wanted = session.run(feed, list(names))
         found = student(*(torch.from_numpy(np.ascontiguousarray(value)) for value in feed.values()))
-    for name, value in found.items():
-        apart = float(np.abs(value.numpy() - wanted[name]).max(initial=0.0))
+    for name in names:
+        apart = float(np.abs(found[name].numpy() - wanted[name]).max(initial=0.0))
         if not apart <= PARITY * max(float(np.abs(wanted[name]).max(initial=0.0)), 1e-12):
             raise VerificationError(
                 f"Output {name!r} of the model translated for training is off by {apart:.3g} from ONNX Runtime's.",

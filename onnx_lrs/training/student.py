@@ -24,6 +24,7 @@ from torch.func import functional_call
 from onnx_lrs.errors import ModelError
 from onnx_lrs.graph.model import is_standard, opset
 from onnx_lrs.graph.tuning import Twin, evaluated
+from onnx_lrs.runtime.session import with_outputs
 
 NEWEST = 17  # opset to which a model is taken where onnx2torch does not know an operator of its own
 STORE = "initializers"  # onnx2torch's module of constants that are no module's parameters
@@ -57,7 +58,7 @@ class Student(torch.nn.Module):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, twin: Twin, outputs: Sequence[str]) -> None:
         super().__init__()
-        model = translatable(_with_outputs(twin.model, outputs))
+        model = translatable(with_outputs(twin.model, outputs))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._network = (
@@ -138,15 +139,6 @@ def _missing(model: onnx.ModelProto) -> list[str]:
         except NotImplementedError:
             unknown[f"{node.op_type} ({domain or 'opset'} {versions.get(domain, 1)})"] = None
     return list(unknown)
-
-
-def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    known = {value.name: value for value in model.graph.output}
-    del copy.graph.output[:]
-    copy.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in names)
-    return copy
 
 
 def _places(model: onnx.ModelProto, outputs: Sequence[str]) -> list[int]:
