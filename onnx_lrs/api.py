@@ -136,7 +136,7 @@ def refine(
     training : Training, optional
         How to train. Default: ``Training()``.
     config : Config, optional
-        Preprocessing, threads, seed, holdout and work folder; what else it holds is not used.
+        Preprocessing, threads, seed, holdout, memory and work folder; what else it holds is not used.
     progress : Progress, optional
         Is told stages and epochs; silent by default.
     call : str, optional

@@ -302,9 +302,15 @@ def _refine_parser() -> argparse.ArgumentParser:
     runs = parser.add_argument_group("runs")
     runs.add_argument("--threads", type=int, metavar="N", help=f"threads ({default.threads})")
     runs.add_argument("--seed", type=int, metavar="N", help=f"of orders and augmentation ({default.seed})")
+    _add_memory(runs, "samples that stay in memory; beyond it they are read again", default)
     runs.add_argument("--work", metavar="DIR", help="keep the state of each epoch in DIR: the same command continues")
     _add_output(parser)
     return parser
+
+
+def _add_memory(group: argparse._ArgumentGroup, meaning: str, default: Config) -> None:
+    told = f"{meaning}, 1500MB or 2GiB, at least 256MiB ({default.memory_bytes // GIB}GiB)"
+    group.add_argument("--memory", dest="memory_bytes", type=parse_size, metavar="SIZE", help=told)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -404,13 +410,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("--columns", type=int, metavar="N", help=f"sampled positions a layer ({default.columns})")
     fit.add_argument("--seed", type=int, metavar="N", help=f"same seed, same file ({default.seed})")
-    fit.add_argument(
-        "--memory",
-        dest="memory_bytes",
-        type=parse_size,
-        metavar="SIZE",
-        help=f"working memory besides the model, 1500MB or 2GiB, at least 256MiB ({default.memory_bytes // GIB}GiB)",
-    )
+    _add_memory(fit, "working memory besides the model", default)
     fit.add_argument("--batch", type=int, metavar="N", help=f"samples in the call that is timed ({default.batch})")
     fit.add_argument(
         "--calibration-batch",

@@ -13,7 +13,7 @@ from onnx_lrs.config import Training  # noqa: E402
 from onnx_lrs.graph.tuning import twin, with_values  # noqa: E402
 from onnx_lrs.training import loop  # noqa: E402
 from onnx_lrs.training.augment import layout_of, moved  # noqa: E402
-from onnx_lrs.training.loop import Pool, Trainer, one_cycle  # noqa: E402
+from onnx_lrs.training.loop import Kept, Pool, Trainer, one_cycle  # noqa: E402
 from onnx_lrs.training.losses import Goal, Loss, scores  # noqa: E402
 from onnx_lrs.training.student import Student  # noqa: E402
 from tests.builders import make, node, normal, run  # noqa: E402
@@ -280,3 +280,16 @@ def test_samples_of_one_shape_are_joined_and_labels_stay_with_them():
     assert [batch.samples for batch in found] == [2, 1, 1, 1]
     for batch in found:
         assert (batch.feed["x"] == batch.labels[:, None, None]).all()
+
+
+def test_samples_stay_in_memory_as_long_as_there_is_room():
+    read = []
+
+    def item(number):
+        read.append(number)
+        return {"x": np.full((1, 10), number, np.float32)}
+
+    kept = Kept(item, [7, 3, 5], 80)
+    for _ in range(2):
+        assert [feed["x"][0, 0] for feed in kept] == [7, 3, 5]
+    assert read == [7, 3, 5, 5]

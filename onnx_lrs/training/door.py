@@ -94,7 +94,7 @@ def train(
     items, labels = material.split.fit, material.labels
     if material.judge is not material.samples:  # then labels belong to others, and nothing is held out here
         items, labels = np.sort(np.concatenate([items, material.split.held_out])), None
-    lesson = Lesson(material.samples, items, material.split.select, labels, joined)
+    lesson = Lesson(material.samples, items, material.split.select, labels, joined, config.memory_bytes)
     name = _name(pair, training, config.seed)
 
     def tell(epoch: TrainedEpoch) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,40 @@ class Batch:
     samples: int
 
 
+class Kept(Sequence[Feed]):
+    """Samples by place: in memory as long as there is room, beyond it read again each time.
+
+    Parameters
+    ----------
+    read : callable
+        Item number -> what the model is fed with.
+    items : sequence of int
+        The item at each place.
+    room : int
+        Bytes of memory.
+    """
+
+    def __init__(self, read: Callable[[int], Feed], items: Sequence[int], room: int) -> None:
+        self._read, self._items, self._room = read, items, room
+        self._kept: dict[int, Feed] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, place: Any) -> Any:
+        if place in self._kept:
+            return self._kept[place]
+        feed = self._read(self._items[place])
+        size = sum(value.nbytes for value in feed.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[place] = feed
+        return feed
+
+
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Samples in memory: what the model is fed with for each, the classes of its rows where they are known.
+    """Samples: what the model is fed with for each, the classes of its rows where they are known.
 
     ``joined`` says whether samples of equal shapes may go through the model together.
     """

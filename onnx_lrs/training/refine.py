@@ -21,7 +21,7 @@ from onnx_lrs.graph import tuning
 from onnx_lrs.graph.model import is_standard, signature
 from onnx_lrs.report.training import Trained, TrainedEpoch
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
-from onnx_lrs.training.loop import Pool, Trainer
+from onnx_lrs.training.loop import Kept, Pool, Trainer
 from onnx_lrs.training.losses import Goal, Loss
 from onnx_lrs.training.state import State
 from onnx_lrs.training.student import Student
@@ -34,13 +34,17 @@ PROBABLE = ("Softmax", "LogSoftmax")
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """What a model is refined on: samples and which of their items train and select, classes where they are known."""
+    """What a model is refined on: samples and which of their items train and select, classes where they are known.
+
+    ``joined`` says whether samples may go through the model together; ``room`` bytes of samples stay in memory.
+    """
 
     samples: Samples
     train: NDArray[np.int64]
     select: NDArray[np.int64]
     labels: NDArray[np.int64] | None
-    joined: bool  # whether items may go through the model together
+    joined: bool
+    room: int
 
 
 def refined(
@@ -108,7 +112,8 @@ def refined(
 
 
 def _pool(lesson: Lesson, items: NDArray[np.int64]) -> Pool:
-    feeds = [lesson.samples.item(int(item)) for item in items]
+    room = lesson.room * len(items) // (len(lesson.train) + len(lesson.select))
+    feeds = Kept(lesson.samples.item, items.tolist(), room)
     if lesson.labels is None:
         return Pool(feeds, None, lesson.joined)
     ends = np.cumsum([lesson.samples.rows(i) for i in range(len(lesson.samples))])
