@@ -250,6 +250,7 @@ class Training:
             self.minutes is None or 0 < self.minutes < math.inf, f"--minutes is {self.minutes}; it must be positive."
         )
         _require(self.rounds >= 1, f"--rounds is {self.rounds}; it must be at least 1.")
+        _require(self.rounds <= self.epochs, f"--rounds is {self.rounds}, more than {self.epochs} epochs.")
         _require(0 < self.learning_rate < math.inf, f"--learning-rate is {self.learning_rate}; it must be positive.")
         _require(0 < self.temperature < math.inf, f"--temperature is {self.temperature}; it must be positive.")
         _require(self.train_batch >= 1, f"--train-batch is {self.train_batch}; it must be at least 1.")

@@ -201,13 +201,16 @@ def _approached(job: Job, clock: Clock) -> tuple[Job, tuple[Trained, ...]]:
     if training is None or budget is None or count == 1:
         return job, ()
     minutes = None if training.minutes is None else training.minutes / count
-    share = dataclasses.replace(training, epochs=-(-training.epochs // count), minutes=minutes)
+    whole, rest = divmod(training.epochs, count)
+    share = dataclasses.replace(training, epochs=whole, minutes=minutes, rounds=1)
     config = dataclasses.replace(job.config, refine=share)
     done: list[Trained] = []
     for number in range(1, count):
         eased = Budget(**{kind: limit ** (number / count) for kind, limit in budget.limits.items()})
         job.progress.note(f"Round {number} of {count}: {eased}.")
-        step = dataclasses.replace(job, output=None, config=dataclasses.replace(config, budget=eased, report=None))
+        course = dataclasses.replace(share, epochs=whole + (number <= rest))
+        eased_config = dataclasses.replace(config, budget=eased, report=None, refine=course)
+        step = dataclasses.replace(job, output=None, config=eased_config)
         with contextlib.ExitStack() as stack:
             made = _make(step, clock, stack, on_the_way=True)
             model = merged(made.subject.view, made.subject.layers, made.subject.ranks, made.rewritten)

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 import onnx_lrs
 from onnx_lrs import Budget, Config, Training, cli
-from onnx_lrs.errors import ConfigError, ModelError, OutputError
+from onnx_lrs.errors import ConfigError, DataError, ModelError, OutputError
 from tests import small_nets as nets
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "onnx2torch"))
@@ -180,6 +180,34 @@ def test_the_divergence_needs_classes():
 
 
 @needs_torch
+def test_a_work_folder_knows_labels_and_who_judges(pair, tmp_path):
+    kept = dataclasses.replace(CONFIG, work=tmp_path / "work")
+    labels = np.arange(len(IMAGES)) % 10
+    course = dataclasses.replace(COURSE, epochs=2)
+    for more in ({}, {"labels": labels}, {"test": IMAGES[:40]}):
+        found = onnx_lrs.refine(*pair, data=IMAGES, training=course, config=kept, **more)
+        alone = onnx_lrs.refine(*pair, data=IMAGES, training=course, config=CONFIG, **more)
+        assert found.model == alone.model
+        assert found.trained.samples == alone.trained.samples
+
+
+@needs_torch
+def test_labels_beyond_the_classes_are_refused(pair):
+    with pytest.raises(DataError, match="The labels go up to 11; no output has so many classes"):
+        onnx_lrs.refine(*pair, data=IMAGES, labels=np.arange(len(IMAGES)) % 12, training=COURSE, config=CONFIG)
+
+
+@needs_torch
+def test_weights_beside_the_models_are_not_overwritten(pair, tmp_path):
+    model = onnx.ModelProto.FromString(pair[0].SerializeToString())
+    onnx.save(model, tmp_path / "o.onnx", save_as_external_data=True, location="out.onnx.data", size_threshold=0)
+    before = (tmp_path / "out.onnx.data").read_bytes()
+    with pytest.raises(ConfigError, match="would overwrite weights of"):
+        onnx_lrs.refine(tmp_path / "o.onnx", pair[1], tmp_path / "out.onnx", data=IMAGES, training=COURSE)
+    assert (tmp_path / "out.onnx.data").read_bytes() == before
+
+
+@needs_torch
 def test_models_that_do_not_belong_together_are_refused(pair):
     with pytest.raises(ModelError, match="The models' inputs differ"):
         onnx_lrs.refine(nets.block(), pair[1], data=IMAGES)
@@ -215,6 +243,7 @@ def test_without_the_extra_the_message_names_it(pair, monkeypatch):
         ({"epochs": 0}, "--epochs is 0"),
         ({"minutes": 0.0}, "--minutes is 0.0"),
         ({"rounds": 0}, "--rounds is 0"),
+        ({"rounds": 5, "epochs": 4}, "--rounds is 5, more than 4 epochs"),
         ({"learning_rate": -1.0}, "--learning-rate is -1.0"),
         ({"temperature": 0.0}, "--temperature is 0.0"),
         ({"label_share": 1.5}, "--label-share is 1.5"),

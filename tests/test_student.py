@@ -28,7 +28,8 @@ ONE = {
     "gemm turned": (node("Gemm", ["x", "w", "b"], ["y"], transB=1), (3, 5), {"w": normal(6, 5)}),
     "matmul": (node("MatMul", ["x", "w"], ["y"]), (2, 3, 5), {"w": normal(5, 6)}),
     "weight on the left": (node("MatMul", ["w", "x"], ["y"]), (2, 5, 3), {"w": normal(6, 5)}),
-    "added": (node("Add", ["x", "w"], ["y"]), (3, 6), {"w": normal(6)}),
+    "padded apart": (node("Conv", ["x", "w", "b"], ["y"], pads=[0, 0, 1, 1]), (2, 4, 6, 5), {"w": normal(6, 4, 3, 3)}),
+    "gemm of a transpose": (node("Gemm", ["x", "w", "b"], ["y"], transA=1), (5, 3), {"w": normal(5, 6)}),
 }
 
 
@@ -164,3 +165,49 @@ def test_operators_that_are_not_known_are_all_named():
     with pytest.raises(ModelError) as caught:
         Student(twin(model), ["y"])
     assert "Hardmax (opset 17), Strange (own 1)" in caught.value.message
+
+
+def test_a_constant_that_onnx2torch_hides_elsewhere_is_not_trained():
+    """The bias of the Conv is the norm's too, which onnx2torch copies into a module: half of it would be trained."""
+    values = {"w": normal(4, 3, 3, 3), "b": normal(4), "mean": normal(4), "var": np.abs(normal(4)) + 1, "s": normal(4)}
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["c"]),
+        node("BatchNormalization", ["c", "s", "b", "mean", "var"], ["y"]),
+    ]
+    model = make(nodes, {"x": (2, 3, 6, 6)}, ["y"], values)
+    student = Student(twin(model), ["y"])
+    assert set(student.keys) == {"w"}
+    with torch.no_grad():
+        student.leaves["w0"].mul_(2)
+        found = student(torch.tensor(normal(2, 3, 6, 6)))["y"].numpy()
+    close([found], run(with_values(model, student.values), {"x": normal(2, 3, 6, 6)}))
+
+
+def test_everything_moves_to_another_device():
+    values = {"w": normal(4, 3, 3, 3), **{name: np.abs(normal(4)) for name in ("s", "b", "mean", "var")}}
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("BatchNormalization", ["c", "s", "b", "mean", "var"], ["y"])]
+    student = Student(twin(make(nodes, {"x": (2, 3, 6, 6)}, ["y"], values)), ["y"]).to("meta")
+    assert student(torch.empty(2, 3, 6, 6, device="meta"))["y"].shape == (2, 4, 4, 4)
+
+
+def test_outputs_of_one_node_and_others():
+    values = {"w": normal(6, 8)}
+    nodes = [node("MatMul", ["x", "w"], ["h"]), node("Split", ["h"], ["a", "b"], axis=1), node("Relu", ["h"], ["y"])]
+    model = make(nodes, {"x": (3, 6)}, ["b", "y", "a"], values, opset=12)
+    feed = {"x": normal(3, 6)}
+    close(outputs(model, feed)[1], run(model, feed))
+
+
+@pytest.mark.parametrize("case", ["same", "nothing"])
+def test_what_cannot_be_translated_or_trained_is_a_clear_error(case):
+    if case == "same":
+        nodes = [
+            node("Conv", ["x", "w"], ["c"]),
+            node("AveragePool", ["c"], ["y"], kernel_shape=[2, 2], auto_pad="SAME_UPPER"),
+        ]
+        told = "onnx2torch cannot translate this model"
+    else:
+        nodes, told = [node("Relu", ["x"], ["y"])], "no float32 weights that could be trained"
+    model = make(nodes, {"x": (2, 3, 6, 6)}, ["y"], {"w": normal(4, 3, 3, 3)})
+    with pytest.raises(ModelError, match=told):
+        Student(twin(model), ["y"])

@@ -177,3 +177,26 @@ def test_unknown_names_and_other_shapes_are_refused():
     (name, *_) = constants(model)
     with pytest.raises(ValueError, match="not \\[3\\]"):
         with_values(model, {name: normal(3)})
+
+
+def test_masks_and_tables_are_not_trained_and_biases_behind_a_layer_are():
+    values = {"w": normal(4, 4), "bias": np.zeros(4, np.float32), "mask": normal(3, 4), "one": normal(4)}
+    nodes = [
+        node("Identity", ["bias"], ["same"]),
+        node("MatMul", ["x", "w"], ["h"]),
+        node("Add", ["same", "h"], ["b"]),
+        node("Add", ["b", "mask"], ["m"]),
+        node("Relu", ["m"], ["r"]),
+        node("Add", ["r", "one"], ["y"]),
+    ]
+    found = {t.name: t for t in twin(make(nodes, {"x": (3, 4)}, ["y"], values)).tunables}
+    assert set(found) == {"w", "bias"}
+    assert found["bias"].support is None
+
+
+def test_a_reshape_that_copies_a_size_is_left_alone():
+    values = {"w": normal(4, 6), "shape": np.array([0, 6])}
+    nodes = [node("Reshape", ["w", "shape"], ["v"]), node("MatMul", ["x", "v"], ["y"])]
+    model = make(nodes, {"x": (3, 4)}, ["y"], values)
+    same(model, twin(model).model)
+    assert not twin(model).tunables

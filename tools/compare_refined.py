@@ -39,7 +39,8 @@ KEY = ("model", "budget", "start", "rounds", "epochs")
 def compressed(budget: str, start: str, options: Sequence[str], folder: Path) -> Path:
     """Return the file of a compressed model, made where it is missing; a cold one of the plan of the warm one."""
     arguments = parsed(options)
-    place, plan = folder / f"{start}-{budget}.onnx".replace("=", ""), folder / f"{budget}.json".replace("=", "")
+    name = f"{Path(arguments.model).stem}-{budget}".replace("=", "")
+    place, plan = folder / f"{name}-{start}.onnx", folder / f"{name}.json"
     if place.exists():
         return place
     config = dataclasses.replace(cli.config_from(arguments), work=folder / "work", plan=plan, refine=None)
@@ -49,10 +50,11 @@ def compressed(budget: str, start: str, options: Sequence[str], folder: Path) ->
         onnx_lrs.compress(arguments.model, place, **sources, config=config)
         return place
     compressed(budget, "warm", options, folder)
-    onnx_lrs.compress(arguments.model, place, config=dataclasses.replace(config, budget=None))  # without data: the SVD
+    found = onnx_lrs.compress(arguments.model, config=dataclasses.replace(config, budget=None)).model  # no data: SVD
+    assert found is not None
     if start == "random":
-        found = models.load(place)
-        models.save(_drawn(found, constants(models.load(arguments.model)).keys()), place, external=False)
+        found = _drawn(found, constants(models.load(arguments.model)).keys())
+    models.save(found, place, external=False)
     return place
 
 
@@ -77,7 +79,7 @@ def cell(budget: str, start: str, rounds: int, epochs: int, options: Sequence[st
     sources = {name: getattr(arguments, name) for name in ("data", "labels", "test")}
     name = Path(arguments.model).stem
     record: Record = dict(zip(KEY, (name, budget, start, rounds, epochs), strict=True)) | {"threads": config.threads}
-    target = folder / f"{start}-{budget}-{rounds}-{epochs}.onnx".replace("=", "")
+    target = folder / f"{name}-{budget}-{start}-{rounds}-{epochs}.onnx".replace("=", "")
     if rounds == 1:
         small = compressed(budget, start, options, folder)
         found = onnx_lrs.refine(arguments.model, small, target, **sources, training=training, config=config)
@@ -87,6 +89,8 @@ def cell(budget: str, start: str, rounds: int, epochs: int, options: Sequence[st
         result = onnx_lrs.compress(arguments.model, target, **sources, config=settings)
         assert result.refined is not None
         before, after, trained = result.refined.before, result.quality or (), list(result.refined.rounds)
+    if any(course.ended == "interrupted" for course in trained):
+        raise KeyboardInterrupt  # a cell is whole or not there
     original = models.weight_count(models.load(arguments.model))
     return record | {
         "smaller": original / models.weight_count(models.load(target)),

@@ -1,9 +1,9 @@
 """Weights that may be trained: which values of a model they are, a plain twin for other libraries, and the way back.
 
 Trained are the float32 constants that a Conv, ConvTranspose, Gemm or MatMul multiplies with, and those that they or an
-Add add; batch norms stay as they are. The support of a weight is fixed: what is zero in it stays zero, so that a sparse
-part stays what it is (a bias may leave zero). A weight that the graph computes from constants (low rank + single
-entries) is no constant itself: what it is made of is trained.
+Add right behind them add, one value a feature; batch norms, masks and tables stay as they are. The support of a weight
+is fixed: what is zero in it stays zero, so that a sparse part stays what it is (a bias may leave zero). A weight that
+the graph computes from constants (low rank + single entries) is no constant itself: what it is made of is trained.
 
 On the way back nothing but values changes: graph, names, opset and the kind of storage (initialiser, Constant node,
 sparse initialiser) are those of the given model.
@@ -26,7 +26,7 @@ from onnx_lrs.graph.splice import outer_reads
 
 Array = NDArray[np.float32]
 MULTIPLIED = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "MatMul": (0, 1)}  # operands by operator
-ADDED = {"Conv": (2,), "ConvTranspose": (2,), "Gemm": (2,), "Add": (0, 1)}
+ADDED = {"Conv": (2,), "ConvTranspose": (2,), "Gemm": (2,)}
 SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
@@ -76,7 +76,7 @@ def twin(original: onnx.ModelProto) -> Twin:
     model = weights.loaded(original)
     stored, sparse = _stored(model)
     computing = _computing(model, stored)
-    operands = dict.fromkeys([*_operands(model, MULTIPLIED), *_operands(model, ADDED)])
+    operands = dict.fromkeys([*_operands(model, MULTIPLIED), *_biases(model)])
     made = {name: _makers(computing, name) for name in operands if name in computing}
     tuned = tuple(_tunables(model, stored, sparse, made))
     read = {name for nodes in made.values() for node in nodes for name in node.input} & stored.keys()
@@ -148,14 +148,35 @@ def _operands(model: onnx.ModelProto, places: Mapping[str, tuple[int, ...]]) -> 
             yield from (node.input[i] for i in places.get(node.op_type, ()) if i < len(node.input) and node.input[i])
 
 
-def _computing(model: onnx.ModelProto, stored: Collection[str]) -> dict[str, NodeProto]:
+def _biases(model: onnx.ModelProto) -> Iterator[str]:
+    """Yield what layers add, and what is added right behind them."""
+    yield from _operands(model, ADDED)
+    layers = {name for node in model.graph.node if node.op_type in MULTIPLIED for name in node.output}
+    for node in model.graph.node:
+        if node.op_type == "Add" and is_standard(node.domain):
+            first, second = node.input
+            yield from ([second] if first in layers else []) + ([first] if second in layers else [])
+
+
+def _computing(model: onnx.ModelProto, stored: Mapping[str, NDArray[np.generic]]) -> dict[str, NodeProto]:
     """Return the nodes that compute from constants alone what a weight may be made of, by their output."""
     found: dict[str, NodeProto] = {}
     for node in model.graph.node:  # in the order of the data
         known = all(name in stored or name in found for name in node.input)
-        if node.op_type in COMPUTED_OPS and is_standard(node.domain) and node.input and known:
+        if (
+            node.op_type in COMPUTED_OPS
+            and is_standard(node.domain)
+            and node.input
+            and known
+            and _is_plain(node, stored)
+        ):
             found[node.output[0]] = node
     return found
+
+
+def _is_plain(node: NodeProto, stored: Mapping[str, NDArray[np.generic]]) -> bool:
+    """Return whether a Reshape has a stored shape without "as before" in it; other operators are plain."""
+    return node.op_type != "Reshape" or (node.input[1] in stored and bool((stored[node.input[1]] != 0).all()))
 
 
 def _makers(computing: Mapping[str, NodeProto], name: str) -> tuple[NodeProto, ...]:
@@ -176,12 +197,16 @@ def _tunables(
     made: Mapping[str, Sequence[NodeProto]],
 ) -> Iterator[Tunable]:
     inside = {name for node in model.graph.node if _has_subgraphs(node) for name in outer_reads(node)}
-    parts = [name for nodes in made.values() for node in nodes for name in node.input]
-    multiplied = dict.fromkeys([*_operands(model, MULTIPLIED), *parts])
-    for name in dict.fromkeys([*multiplied, *_operands(model, ADDED)]):
+    weights_of = dict.fromkeys(_operands(model, MULTIPLIED))
+    parts = [name for made_of in weights_of for node in made.get(made_of, ()) for name in node.input]
+    multiplied = dict.fromkeys([*weights_of, *parts])
+    added = [name for bias in _biases(model) for name in (bias, *(n for m in made.get(bias, ()) for n in m.input))]
+    for name in dict.fromkeys([*multiplied, *added]):
         values = stored.get(name)
         if name in inside or values is None or values.dtype != np.float32 or values.size == 0:
             continue
+        if name not in multiplied and values.size != max(values.shape, default=1):
+            continue  # more than one value a feature: a mask or a table
         support = values != 0 if name in multiplied or name in sparse else None
         yield Tunable(name, _as_float32(values), None if support is None or support.all() else support)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -51,9 +50,10 @@ def check_operators(model: onnx.ModelProto) -> None:
     ModelError
         If onnx2torch does not know an operator, with the names of all of them.
     """
-    from onnx_lrs.training.student import translatable
+    from onnx_lrs.graph.tuning import twin
+    from onnx_lrs.training.student import translatable, translated
 
-    translatable(model)
+    translated(translatable(twin(model).model))
 
 
 def train(
@@ -95,7 +95,13 @@ def train(
     if material.judge is not material.samples:  # then labels belong to others, and nothing is held out here
         items, labels = np.sort(np.concatenate([items, material.split.held_out])), None
     lesson = Lesson(material.samples, items, material.split.select, labels, joined, config.memory_bytes)
-    name = _name(pair, training, config.seed)
+    deciding = [
+        training,
+        config.seed,
+        joined,
+        *map(tuple, (items, material.split.select, () if labels is None else labels)),
+    ]
+    name = hashlib.sha256("\n".join([repr(deciding), *map(digest, pair)]).encode()).hexdigest()[:16]
 
     def tell(epoch: TrainedEpoch) -> None:
         progress.step(str(epoch))
@@ -109,9 +115,3 @@ def train(
             (work.get("training", name), lambda state: work.put("training", name, state)),
             tell,
         )
-
-
-def _name(pair: Sequence[onnx.ModelProto], training: Training, seed: int) -> str:
-    """Return what tells this training from others in the same work folder."""
-    told = [repr((training, seed)), *map(digest, pair)]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]

@@ -131,7 +131,7 @@ class Trainer:
         self._optimiser = torch.optim.AdamW(
             _groups(student, training.weight_decay), lr=training.learning_rate, betas=(0.9, 0.99)
         )
-        self._half = training.autocast == "on" or (training.autocast == "auto" and self._half_is_faster())
+        self._half = False
 
     @property
     def autocast(self) -> bool:
@@ -155,7 +155,7 @@ class Trainer:
             the last whole epoch.
         """
         state = state or self._first_state()
-        self._take(state)
+        self.take(state)
         begun = time.monotonic() - state.elapsed
         try:
             while not (over := self._over(state)):
@@ -170,13 +170,16 @@ class Trainer:
         return state
 
     def _first_state(self) -> State:
+        how = self._training.autocast
+        half = how == "on" or (how == "auto" and self._half_is_faster())
         values = self.student.values
         selected, agreement = self.held_out()
         start = TrainedEpoch(0, None, selected, 0.0, agreement)
-        return State((start,), values, {}, 0, values, 0.0)
+        return State((start,), values, {}, 0, values, 0.0, half)
 
-    def _take(self, state: State) -> None:
+    def take(self, state: State) -> None:
         """Put weights and moments where they were."""
+        self._half = state.half
         for key, leaf in self._leaves():
             with torch.no_grad():
                 leaf.copy_(torch.from_numpy(state.values[key]))
@@ -231,7 +234,7 @@ class Trainer:
         epoch = TrainedEpoch(number, total / max(steps - state.steps, 1), selected, now - start, agreement)
         values = self.student.values
         best = values if selected < state.best_epoch.selected else state.best
-        return State((*state.history, epoch), values, self._moments(), steps, best, now - begun)
+        return State((*state.history, epoch), values, self._moments(), steps, best, now - begun, state.half)
 
     def _moments(self) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         found = {}

@@ -76,7 +76,7 @@ class Loss:
 
 
 def _relative(goal: Goal, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return (found - wanted).square().sum() / len(found) / goal.scale
+    return (found - wanted).square().sum() / (len(found) if found.ndim else 1) / goal.scale
 
 
 def scores(values: torch.Tensor, probabilities: bool) -> torch.Tensor:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs.config import Training
 from onnx_lrs.data import Samples
-from onnx_lrs.errors import ConfigError, VerificationError
+from onnx_lrs.errors import ConfigError, DataError, ModelError, VerificationError
 from onnx_lrs.graph import tuning
 from onnx_lrs.graph.model import is_standard, signature
 from onnx_lrs.report.training import Trained, TrainedEpoch
@@ -72,14 +72,16 @@ def refined(
     Raises
     ------
     ModelError
-        If onnx2torch does not know an operator of the compressed model.
+        If onnx2torch does not know an operator of the compressed model, or there is nothing to train or to compare.
+    ConfigError, DataError
+        If the outputs do not go with the loss or with the labels.
     VerificationError
         If the translated model does not compute what the file does, before or after, or training diverges.
     """
     original, compressed = models
     threads, seed = threads_and_seed
     torch.set_num_threads(threads)
-    names = [spec.name for spec in signature(original)[1] if spec.dtype.kind == "f"]
+    names = _compared(original, compressed)
     between = tuning.boundaries(original, compressed) if training.block_share else []
     student = Student(tuning.twin(compressed), [*names, *between])
     pools = _pool(lesson, lesson.train), _pool(lesson, lesson.select)
@@ -92,13 +94,14 @@ def refined(
             return session.run(feed, [goal.name for goal in goals])
 
         seen = next(pools[1].batches(range(len(pools[1])), SEEN)).feed
-        goals = _goals(original, session.run(seen, names), training)
+        goals = _goals(original, session, pools[1], (names, lesson.labels), training)
         goals += _between(session.run(seen, between), student, seen, training.block_share) if between else ()
         loss = Loss(goals, training.temperature, 0.0 if lesson.labels is None else training.label_share)
         trainer = Trainer(student, teacher, loss, pools, training, seed)
         state = trainer.run(kept[0], kept[1], tell)
     model = tuning.with_values(compressed, state.best)
-    _check_parity(model, Student(tuning.twin(model), names), names, pools[1], threads)
+    trainer.take(dataclasses.replace(state, values=state.best))
+    _check_parity(model, student.cpu(), names, pools[1], threads)
     return model, Trained(
         epochs=state.history,
         best=state.best_epoch.number,
@@ -121,19 +124,44 @@ def _pool(lesson: Lesson, items: NDArray[np.int64]) -> Pool:
     return Pool(feeds, [labels[item] for item in items], lesson.joined)
 
 
-def _goals(original: onnx.ModelProto, seen: Feed, training: Training) -> tuple[Goal, ...]:
-    """Return how each output is compared; ``seen`` are some of the original's."""
+def _compared(original: onnx.ModelProto, compressed: onnx.ModelProto) -> list[str]:
+    """Return the outputs that can be compared: of floating-point numbers, and made by some node."""
+    made = [{name for node in model.graph.node for name in node.output} for model in (original, compressed)]
+    names = [spec.name for spec in signature(original)[1] if spec.dtype.kind == "f"]
+    found = [name for name in names if all(name in makers for makers in made)]
+    if not found:
+        raise ModelError(
+            "No output of this model is a floating-point number that it computes.", "It cannot be refined."
+        )
+    return found
+
+
+def _goals(
+    original: onnx.ModelProto,
+    session: Session,
+    pool: Pool,
+    names_and_labels: tuple[Sequence[str], NDArray[np.int64] | None],
+    training: Training,
+) -> tuple[Goal, ...]:
+    """Return how each output is compared, its size seen on some samples."""
+    names, labels = names_and_labels
+    seen = [session.run(batch.feed, list(names)) for batch in pool.batches(range(min(len(pool), SEEN)), SEEN)]
     makers = {output: node for node in original.graph.node for output in node.output}
-    goals = []
-    for name, value in seen.items():
-        maker = makers[name].op_type if name in makers and is_standard(makers[name].domain) else ""
+    highest = -1 if labels is None else int(labels.max(initial=-1))
+    goals, shapes = [], {name: list(value.shape) for name, value in seen[0].items()}
+    for name, value in seen[0].items():
+        maker = makers[name].op_type if is_standard(makers[name].domain) else ""
         classes = value.ndim == 2 and value.shape[1] > 1 and (maker in (*SCORED, *PROBABLE) or training.loss == "kl")
         divergence = classes and (training.loss == "kl" or (training.loss == "auto" and maker in PROBABLE))
-        kind, weight = "kl" if divergence else "l2", (1 - training.block_share) / len(seen)
-        goals.append(Goal(name, kind, maker == "Softmax", _size(value), weight, classes))
+        kind, weight = "kl" if divergence else "l2", (1 - training.block_share) / len(names)
+        labelled = classes and value.shape[1] > highest
+        size = float(np.mean([_size(found[name]) for found in seen]))
+        goals.append(Goal(name, kind, maker == "Softmax", size, weight, labelled))
     if training.loss == "kl" and not any(goal.kind == "kl" for goal in goals):
-        told = ", ".join(f"{name!r} {list(value.shape)}" for name, value in seen.items())
-        raise ConfigError(f"--loss kl compares class scores; the outputs are {told}.", "Use --loss l2.")
+        raise ConfigError(f"--loss kl compares class scores; the outputs are {shapes}.", "Use --loss l2.")
+    if highest >= 0 and training.label_share and not any(goal.classes for goal in goals):
+        told = f"The labels go up to {highest}; no output has so many classes: {shapes}."
+        raise DataError(told, "Check the labels, or leave them out of training: --label-share 0.")
     return tuple(goals)
 
 

@@ -12,7 +12,10 @@ from onnx_lrs.report.training import TrainedEpoch
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where a run stands behind an epoch: weights, the moments of AdamW, and the best weights so far."""
+    """Where a run stands behind an epoch: weights, the moments of AdamW, the best weights so far.
+
+    ``half`` says whether products are taken in bfloat16: which is faster may be measured only once in a run.
+    """
 
     history: tuple[TrainedEpoch, ...]
     values: dict[str, NDArray[np.float32]]
@@ -20,6 +23,7 @@ class State:
     steps: int
     best: dict[str, NDArray[np.float32]]
     elapsed: float
+    half: bool = False
 
     @property
     def best_epoch(self) -> TrainedEpoch:
