@@ -513,8 +513,7 @@ def config_from(args: argparse.Namespace) -> Config:
         If a value is out of its range.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
-    chosen = {field.name: given[field.name] for field in dataclasses.fields(Config) if field.name in given}
-    limits = {field.name: given[field.name] for field in dataclasses.fields(Budget) if field.name in given}
+    chosen, limits = _of(Config, given), _of(Budget, given)
     if limits:
         chosen["budget"] = Budget(**limits)
     elif "default_budget" in given:
@@ -529,6 +528,11 @@ def config_from(args: argparse.Namespace) -> Config:
         else:
             _refuse_training(given)
     return Config(**chosen, preprocess=_preprocess(given))
+
+
+def _of(record: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that belong to a record's fields."""
+    return {field.name: given[field.name] for field in dataclasses.fields(record) if field.name in given}
 
 
 def _refuse_training(given: Mapping[str, Any]) -> None:
@@ -564,7 +568,7 @@ def training_from(args: argparse.Namespace) -> Training:
         If a value is out of its range.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
-    return Training(**{field.name: given[field.name] for field in dataclasses.fields(Training) if field.name in given})
+    return Training(**_of(Training, given))
 
 
 def _shapes(pairs: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from onnx_lrs.errors import BudgetError, ConfigError, ModelError, OutputError, V
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph import weights
 from onnx_lrs.graph.cost import macs_by_node
-from onnx_lrs.graph.model import ModelSource, View
+from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import Rewritten, merged, rewrite
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import Fitted
@@ -115,7 +115,7 @@ def _run(job: Job, clock: Clock) -> Result:
         if verdict.unchanged:
             outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=(), plan=Plan({}))
             rewritten, refined = Rewritten(subject.original, {}), None
-        outside = _external_places(job.original)
+        outside = models.weight_files(job.original)
         after = _write(job, rewritten.model, verdict.after, bool(outside), clock)
         layers, curve = _layers(job, subject, rewritten, outcome, material.samples is not None)
         model = _handed_over(job, rewritten.model)
@@ -167,7 +167,7 @@ def _make(job: Job, clock: Clock, stack: contextlib.ExitStack, on_the_way: bool 
         original = source if job.reference is None else models.load(job.reference)
         material = open_material(job.inputs, models.signature(original)[0], job.config, stack)
         _refuse_what_cannot_be_judged(job, original, material)
-        _refuse_to_overwrite(job, _external_places(job.original))
+        _refuse_to_overwrite(job, models.weight_files(job.original))
         scratch = stack.enter_context(scratch_for(source, job.output))
         subject = examine(job.source, source, job.config, material.samples, scratch)
         _refuse_without_layers(job, subject)
@@ -300,7 +300,7 @@ def check_request(job: Job) -> None:
         check_provider(job.config.provider)
     if job.output is None:
         return
-    if not isinstance(job.source, onnx.ModelProto) and _same_file(pathlib.Path(job.source), job.output):
+    if not isinstance(job.source, onnx.ModelProto) and models.same_file(pathlib.Path(job.source), job.output):
         raise ConfigError(f"The output {job.output} is the input itself.", "Choose another name for -o.")
     if job.output.is_dir():
         raise OutputError(f"The output {job.output} is a folder.", "Give a file name, for example small.onnx.")
@@ -387,23 +387,11 @@ def _check_refining(job: Job) -> None:
     check_training(job.config.refine)
 
 
-def _same_file(one: pathlib.Path, other: pathlib.Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
-
-
-def _external_places(source: ModelSource) -> set[pathlib.Path]:
-    """Return the files beside the model in which it keeps weights."""
-    if isinstance(source, onnx.ModelProto):
-        return set()
-    path = pathlib.Path(source)
-    return {path.parent / place for place in models.external_places(path)}
-
-
 def _refuse_to_overwrite(job: Job, outside: set[pathlib.Path]) -> None:
     """Refuse files that would replace the input's weights: a.onnx keeps them in b.onnx.data, -o b.onnx."""
     written = [] if job.output is None else [job.output, job.output.with_name(models.external_name(job.output))]
     for target in (*written, *([] if job.config.report is None else [pathlib.Path(job.config.report)])):
-        if any(_same_file(target, place) for place in outside):
+        if any(models.same_file(target, place) for place in outside):
             writing, flag = (job.output, "-o") if target in written else (target, "--report")
             raise ConfigError(
                 f"Writing {writing} would overwrite {target}, which holds the input's weights.",

@@ -63,7 +63,7 @@ def refine(wish: Wish) -> Refinement:
         after = _judged((original, model), wish, material, joined, (clock, "verify"))
         if wish.output is not None:
             with clock.stage("write"):
-                models.save(model, wish.output, external=_is_external(wish.compressed))
+                models.save(model, wish.output, external=bool(models.weight_files(wish.compressed)))
     return Refinement(
         original=_name(wish.original),
         compressed=_name(wish.compressed),
@@ -119,20 +119,12 @@ def _check(wish: Wish) -> None:
         if isinstance(source, onnx.ModelProto):
             continue
         path = pathlib.Path(source)
-        if _is_same(wish.output, path):
+        if models.same_file(wish.output, path):
             raise ConfigError(f"The output {wish.output} is the input {path}.", "Choose another name for -o.")
-        if path.exists() and any(_is_same(t, path.parent / n) for t in targets for n in models.external_places(path)):
+        if path.exists() and any(models.same_file(t, n) for t in targets for n in models.weight_files(path)):
             raise ConfigError(
                 f"Writing {wish.output} would overwrite weights of {path}.", "Choose another name for -o."
             )
-
-
-def _is_same(one: pathlib.Path, other: pathlib.Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
-
-
-def _is_external(source: ModelSource) -> bool:
-    return not isinstance(source, onnx.ModelProto) and bool(models.external_places(pathlib.Path(source)))
 
 
 def _check_pair(original: onnx.ModelProto, compressed: onnx.ModelProto) -> None:

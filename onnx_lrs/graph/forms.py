@@ -61,10 +61,14 @@ class Site:
     scratch: Scratch | None = None
     made: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    def name(self, role: str) -> str:
+        """Return a fresh name for a new initialiser of this layer, and keep it."""
+        self.made[role] = self.names.fresh(f"{self.layer.name}.{role}")
+        return self.made[role]
+
     def constant(self, role: str, values: NDArray[Any], dtype: type = np.float32) -> gs.Tensor:
         """Return a new initialiser of this layer."""
-        name = self.made[role] = self.names.fresh(f"{self.layer.name}.{role}")
-        return stored_constant(name, np.ascontiguousarray(values, dtype=dtype), self.scratch)
+        return stored_constant(self.name(role), np.ascontiguousarray(values, dtype=dtype), self.scratch)
 
     def tensor(self, role: str) -> gs.Variable:
         """Return a new intermediate tensor of this layer."""
@@ -166,8 +170,7 @@ def _sparse_constant(site: Site, entries: scipy.sparse.csr_array) -> SparseConst
     rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
     shape = _weight_shape(site.layer, entries.shape[0])
     stored = sparse_tensor(rows * matrix.shape[1] + matrix.indices, matrix.data, shape)
-    name = site.made["elements"] = site.names.fresh(f"{site.layer.name}.elements")
-    return SparseConstant(name, stored)
+    return SparseConstant(site.name("elements"), stored)
 
 
 def _spatial(site: Site, factors: SpatialFactors, x: gs.Tensor, y: gs.Tensor) -> list[gs.Node]:

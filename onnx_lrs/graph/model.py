@@ -242,6 +242,19 @@ def external_places(path: pathlib.Path) -> set[str]:
     return {ExternalDataInfo(t).location for t in all_tensors(model) if t.data_location == TensorProto.EXTERNAL}
 
 
+def weight_files(source: ModelSource) -> set[pathlib.Path]:
+    """Return the files beside the model in which it keeps weights; empty for a model in memory."""
+    if isinstance(source, onnx.ModelProto):
+        return set()
+    path = pathlib.Path(source)
+    return {path.parent / place for place in external_places(path)}
+
+
+def same_file(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Return whether two names are those of one file that exists."""
+    return one.exists() and other.exists() and one.samefile(other)
+
+
 def bare(path: pathlib.Path) -> onnx.ModelProto:
     """Return a model as its file has it: external data stays outside, located relative to the file's folder."""
     return onnx.load(str(path), load_external_data=False)

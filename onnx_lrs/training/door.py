@@ -12,6 +12,7 @@ from onnx_lrs.calibration.subject import Material
 from onnx_lrs.config import Config, Training
 from onnx_lrs.errors import ConfigError
 from onnx_lrs.graph.model import digest
+from onnx_lrs.graph.tuning import twin
 from onnx_lrs.progress import Clock, Progress
 from onnx_lrs.report.training import Trained, TrainedEpoch
 from onnx_lrs.training.state import State
@@ -50,7 +51,6 @@ def check_operators(model: onnx.ModelProto) -> None:
     ModelError
         If onnx2torch does not know an operator, with the names of all of them.
     """
-    from onnx_lrs.graph.tuning import twin
     from onnx_lrs.training.student import translatable, translated
 
     translated(translatable(twin(model).model))

@@ -260,7 +260,7 @@ class Trainer:
 
     def _augmented(self, feed: Feed, generator: torch.Generator) -> list[torch.Tensor]:
         inputs = []
-        for tensor in _tensors(feed):
+        for tensor in tensors(feed):
             layout = layout_of(tuple(tensor.shape))
             if self._training.augment and layout is not None and tensor.is_floating_point():
                 tensor = moved(tensor, layout, generator).contiguous()
@@ -289,7 +289,7 @@ class Trainer:
         ranked = next((goal.name for goal in self._loss.goals if goal.classes), None)
         with torch.no_grad():
             for batch in self._select.batches(range(len(self._select)), self._training.train_batch):
-                found, wanted = self._outputs(_tensors(batch.feed), half=False), self._wanted(batch.feed)
+                found, wanted = self._outputs(tensors(batch.feed), half=False), self._wanted(batch.feed)
                 total += batch.samples * float(self._loss(found, wanted, self._classes(batch.labels)))
                 if ranked is not None:
                     same += int((found[ranked].argmax(1) == wanted[ranked].argmax(1)).sum())
@@ -300,7 +300,7 @@ class Trainer:
         """Time a few steps both ways; the weights stay as they are."""
         first = range(min(len(self._pool), self._training.train_batch))
         batch = next(self._pool.batches(first, self._training.train_batch))
-        inputs, wanted = _tensors(batch.feed), self._wanted(batch.feed)
+        inputs, wanted = tensors(batch.feed), self._wanted(batch.feed)
         took = {True: math.inf, False: math.inf}
         for _ in range(TRIALS):
             for half in took:
@@ -313,7 +313,8 @@ class Trainer:
         return took[True] < GAIN * took[False]
 
 
-def _tensors(feed: Feed) -> list[torch.Tensor]:
+def tensors(feed: Feed) -> list[torch.Tensor]:
+    """Return a feed in the order of the model's inputs."""
     return [torch.from_numpy(np.require(values, requirements=["C", "W"])) for values in feed.values()]
 
 

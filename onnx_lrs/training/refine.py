@@ -21,7 +21,7 @@ from onnx_lrs.graph import tuning
 from onnx_lrs.graph.model import is_standard, signature
 from onnx_lrs.report.training import Trained, TrainedEpoch
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
-from onnx_lrs.training.loop import Kept, Pool, Trainer
+from onnx_lrs.training.loop import Kept, Pool, Trainer, tensors
 from onnx_lrs.training.losses import Goal, Loss
 from onnx_lrs.training.state import State
 from onnx_lrs.training.student import Student
@@ -168,7 +168,7 @@ def _goals(
 def _between(seen: Feed, student: Student, feed: Feed, share: float) -> tuple[Goal, ...]:
     """Return the goals of tensors between blocks; those that lost filters are left out."""
     with torch.no_grad():
-        found = student(*(torch.from_numpy(np.ascontiguousarray(value)) for value in feed.values()))
+        found = student(*tensors(feed))
     alike = {name: value for name, value in seen.items() if tuple(found[name].shape) == value.shape}
     return tuple(Goal(name, "l2", scale=_size(value), weight=share / len(alike)) for name, value in alike.items())
 
@@ -184,7 +184,7 @@ def _check_parity(model: onnx.ModelProto, student: Student, names: Sequence[str]
     feed = next(pool.batches(range(len(pool)), 8)).feed
     with Session(model, threads) as session, torch.no_grad():
         wanted = session.run(feed, list(names))
-        found = student(*(torch.from_numpy(np.ascontiguousarray(value)) for value in feed.values()))
+        found = student(*tensors(feed))
     for name in names:
         apart = float(np.abs(found[name].numpy() - wanted[name]).max(initial=0.0))
         if not apart <= PARITY * max(float(np.abs(wanted[name]).max(initial=0.0)), 1e-12):

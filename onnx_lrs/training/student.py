@@ -38,7 +38,6 @@ FAILURES = (
     AssertionError,
 )
 NEWEST = 17  # opset to which a model is taken where onnx2torch does not know an operator of its own
-STORE = "initializers"  # onnx2torch's module of constants that are no module's parameters
 
 
 @dataclasses.dataclass(frozen=True)
