@@ -110,6 +110,14 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(map(int, parts))
 
 
+def parse_option(text: str) -> tuple[str, str]:
+    """Return (name, value) of ``reduce_range=True``."""
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an option; write NAME=VALUE: reduce_range=True")
+    return name, value
+
+
 def parse_extent(text: str) -> int | tuple[int, int]:
     """Return 224 for ``224`` and (height, width) for ``224x320``."""
     parts = text.lower().split("x")
@@ -204,8 +212,29 @@ def _compress_parser() -> argparse.ArgumentParser:
         help='train the small model to give what the original gives; needs pip install "onnx-lrs[refine]"',
     )
     train.add_argument("--rounds", type=int, metavar="K", help="compress and train in K steps down to the budget (1)")
+    _add_precision(parser)
     _add_page(_add_output(parser))
     return parser
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision")
+    group.add_argument(
+        "--quantize",
+        dest="precision",
+        metavar="NAME",
+        help="int8 (static, QDQ, per channel, calibrated on DATA; the plan is made for it) or fp16 (for GPUs)",
+    )
+    group.add_argument(
+        "--quantize-option",
+        dest="quantize_options",
+        type=parse_option,
+        nargs="+",
+        action="extend",
+        metavar="NAME=VALUE",
+        help="of onnxruntime.quantization.quantize_static: calibrate_method=percentile (minmax, entropy), "
+        "reduce_range=True, activation_type=QInt8, or one of its extra_options",
+    )
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
@@ -522,6 +551,8 @@ def config_from(args: argparse.Namespace) -> Config:
         chosen["exclude"] = tuple(given["exclude"])
     if "shapes" in given:
         chosen["shapes"] = _shapes(given["shapes"])
+    if "quantize_options" in given:
+        chosen["quantize_options"] = dict(given["quantize_options"])
     if args.command == "compress":
         if chosen.pop("refine", False):
             chosen["refine"] = training_from(args)

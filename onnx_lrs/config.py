@@ -16,11 +16,16 @@ Fit = Literal["cascade", "cascade-linear", "independent"]
 FITS: tuple[Fit, ...] = ("cascade", "cascade-linear", "independent")
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: tuple[Provider, ...] = ("cpu", "cuda", "tensorrt")
+Precision = Literal["float32", "int8", "fp16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "fp16")
 GIB = 1 << 30
 FAST_MULTIPLE, SMALL_MULTIPLE = 16, 8  # blocks of ONNX Runtime's convolutions (AVX-512); half of one
 # Settings that the statistics, curves and fits of layers do not depend on: how a result is reached, or which plan is
 # made of the same curves. A work folder serves all of them.
-UNDECIDING = ("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan", "refine", "report")
+UNDECIDING = (
+    *("work", "jobs", "dry_run", "budget", "batch", "provider", "latency_table", "plan", "refine", "report"),
+    *("precision", "quantize_options"),
+)
 LIMITS = ("latency", "params", "macs", "size")
 Search = Literal["exhaustive", "heuristic", "default"]
 SEARCHES: tuple[Search, ...] = ("exhaustive", "heuristic", "default")
@@ -322,6 +327,12 @@ class Config:
         else. None: nothing is kept.
     refine : Training, optional
         How to train the compressed model before it is judged; needs ``pip install "onnx-lrs[refine]"``. None: not.
+    precision : {"float32", "int8", "fp16"}
+        What the compressed model computes in; the plan is made for it. INT8 is static (QDQ, per channel) and needs
+        data; float16 is for GPUs. Inputs and outputs stay float32.
+    quantize_options : mapping of str to str
+        For INT8, options of ``onnxruntime.quantization.quantize_static`` by their names there:
+        ``{"calibrate_method": "percentile", "reduce_range": "True"}``.
     report : path, optional
         Where to write a page about the run (HTML); needs ``pip install "onnx-lrs[report]"``. The result holds more
         then: the error curve of each layer, and what the plan would have lost at other budgets.
@@ -351,10 +362,18 @@ class Config:
     dry_run: bool = False
     work: str | os.PathLike[str] | None = None
     refine: Training | None = None
+    precision: Precision = "float32"
+    quantize_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     report: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         _take_paths(self, ("work", "latency_table", "plan", "report"))
+        _require(self.precision in PRECISIONS, f"--quantize is {self.precision!r}; use {' or '.join(PRECISIONS[1:])}.")
+        _require(
+            not self.quantize_options or self.precision == "int8",
+            "--quantize-option is about INT8.",
+            "Add --quantize int8, or leave it out.",
+        )
         _require(isinstance(self.budget, Budget | None), f"budget is {self.budget!r}.", "Write Budget(params=0.5).")
         _require(
             not isinstance(self.exclude, str),

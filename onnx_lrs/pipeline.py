@@ -24,12 +24,14 @@ from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import Rewritten, merged, rewrite
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import Fitted
+from onnx_lrs.planning.contest import COMPRESSED, Contest, held
 from onnx_lrs.planning.course import Outcome, plan_and_fit
 from onnx_lrs.planning.front import pareto
 from onnx_lrs.planning.guarantee import Promise
 from onnx_lrs.planning.job import Job
 from onnx_lrs.planning.plan import limits_of
 from onnx_lrs.planning.plan_file import write_plan
+from onnx_lrs.planning.precision import Quantiser
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.progress import Clock
 from onnx_lrs.report.environment import arithmetic, environment, peak_memory_bytes, processor, versions
@@ -43,6 +45,7 @@ from onnx_lrs.report.notes import (
     latency_notes,
     mapped_notes,
     opening_notes,
+    precision_notes,
     refined_notes,
     side_notes,
 )
@@ -64,6 +67,7 @@ from onnx_lrs.report.training import Trained
 from onnx_lrs.runtime.examples import told
 from onnx_lrs.runtime.latency import interleaved
 from onnx_lrs.runtime.optimised import look_at_both
+from onnx_lrs.runtime.quantise import Recipe
 from onnx_lrs.runtime.session import Feed, Session, check_provider, is_mapped
 from onnx_lrs.runtime.verify import change_of_output, check_structure, compare_answers, compare_outputs
 from onnx_lrs.solvers import METHODS, Candidate, Moments, Status
@@ -101,24 +105,25 @@ class Made:
     refined: Refined | None
     feed: Feed
     notes: list[str]
+    quantiser: Quantiser
 
 
 def _run(job: Job, clock: Clock) -> Result:
     job, earlier = _approached(job, clock)
     with contextlib.ExitStack() as stack:
         made = _make(job, clock, stack)
-        subject, material, outcome, rewritten, refined = (
-            *(made.subject, made.material, made.outcome, made.rewritten),
-            None if made.refined is None else Refined(made.refined.before, (*earlier, *made.refined.rounds)),
-        )
-        verdict = _judge(job, subject, material, (rewritten.model, outcome, made.feed), clock)
+        subject, material = made.subject, made.material
+        contest = _contest(job, made, clock)
+        outcome, rewritten, refined = _handed_in(made, contest, earlier)
+        final = rewritten.model if contest is None else contest.winner.model
+        verdict = _judge(job, subject, material, ((rewritten.model, final), outcome, made.feed), clock)
         if verdict.unchanged:
             outcome = dataclasses.replace(outcome, fitted={}, promised=None, notes=(), plan=Plan({}))
-            rewritten, refined = Rewritten(subject.original, {}), None
+            rewritten, refined, final = Rewritten(subject.original, {}), None, subject.original
         outside = models.weight_files(job.original)
-        after = _write(job, rewritten.model, verdict.after, bool(outside), clock)
+        after = _write(job, final, verdict.after, bool(outside), clock)
         layers, curve = _layers(job, subject, rewritten, outcome, material.samples is not None)
-        model = _handed_over(job, rewritten.model)
+        model = _handed_over(job, final)
         _write_plan(job, subject, outcome, verdict)
     return Result(
         input=None if isinstance(job.original, onnx.ModelProto) else str(job.original),
@@ -144,10 +149,12 @@ def _run(job: Job, clock: Clock) -> Result:
         changes=verdict.changes,
         pareto=curve,
         refined=refined,
+        variants=() if contest is None else contest.variants,
         call=job.call,
         notes=(
             *made.notes,
             *outcome.notes,
+            *([] if contest is None else precision_notes(contest.variants)),
             *fit_notes(subject, outcome),
             *closing_notes(verdict.before, after, verdict.quality, bool(verdict.unchanged)),
             *latency_notes(job, outcome, (verdict.before, after)),
@@ -183,11 +190,38 @@ def _make(job: Job, clock: Clock, stack: contextlib.ExitStack, on_the_way: bool 
         feed = timed_feed(subject, job.config.batch)
     work = stack.enter_context(_open_work(job, material, clock))
     notes = [] if on_the_way else _told(job, opening_notes(job, subject, material))
-    outcome = plan_and_fit(job, subject, material, (work, feed), clock)
+    quantiser = Quantiser(subject, material, job.config)
+    outcome = plan_and_fit(job, subject, material, (work, (feed, quantiser)), clock)
     with clock.stage("rewrite"):
         rewritten = rewrite(subject.view, subject.layers, outcome.factors, subject.ranks, scratch)
     rewritten, refined = _refined(job, subject, material, (rewritten, outcome), (work, clock))
-    return Made(subject, material, outcome, rewritten, refined, feed, notes)
+    return Made(subject, material, outcome, rewritten, refined, feed, notes, quantiser)
+
+
+def _handed_in(
+    made: Made, contest: Contest | None, earlier: tuple[Trained, ...]
+) -> tuple[Outcome, Rewritten, Refined | None]:
+    """Return what is judged: the compressed network, unless a contest was won by one that is not compressed."""
+    if contest is not None and not contest.winner.name.startswith(COMPRESSED):
+        outcome = dataclasses.replace(made.outcome, fitted={}, promised=None, plan=Plan({}))
+        return outcome, Rewritten(made.subject.folded, {}), None
+    refined = None if made.refined is None else Refined(made.refined.before, (*earlier, *made.refined.rounds))
+    return made.outcome, made.rewritten, refined
+
+
+def _contest(job: Job, made: Made, clock: Clock) -> Contest | None:
+    """Bring the model into the precision that was asked for and time it beside the other ways; None for float32."""
+    quantiser, outcome = made.quantiser, made.outcome
+    if not quantiser.rounds:
+        return None
+    steps = None
+    if made.material.judge is not None and not job.config.dry_run:
+        items = _judging(made.material, outcome)
+        steps = -(-len(items) // (made.subject.batch if made.subject.dynamic_batch else 1))
+    with clock.stage("precision", steps):
+        small = made.rewritten.model if outcome.factors else None
+        entries = small, outcome.in_float, outcome.gate
+        return held(job, made.subject, made.material, entries, (quantiser, made.feed))
 
 
 def _approached(job: Job, clock: Clock) -> tuple[Job, tuple[Trained, ...]]:
@@ -293,6 +327,7 @@ def check_request(job: Job) -> None:
     """
     _check_method(job)
     _check_refining(job)
+    _check_precision(job)
     _check_files(job)
     if job.config.work is not None:
         refuse_file(pathlib.Path(job.config.work))
@@ -385,6 +420,27 @@ def _check_refining(job: Job) -> None:
             "--rounds goes down to a limit step by step.", "Give one: --params, --macs, --size or --latency."
         )
     check_training(job.config.refine)
+
+
+def _check_precision(job: Job) -> None:
+    """Refuse a precision that could not be reached, or that would break what was asked for."""
+    config = job.config
+    if config.precision == "float32":
+        return
+    if job.budget.gain is not None:
+        raise ConfigError(
+            "--quantize rounds the weights that --gain guarantees an error for.", "Leave one of the two out."
+        )
+    if config.structure == "elements" or METHODS[config.method].structures == ("elements",):
+        raise ConfigError(
+            "--quantize does not go with single elements: their weight is computed when the model is loaded.",
+            "Use --structure channels.",
+        )
+    if config.precision == "int8" and job.inputs.data is None and not config.random_data:
+        raise ConfigError(
+            "--quantize int8 needs typical inputs: they tell the ranges of activations.", "Give them with --data."
+        )
+    Recipe.of(config.quantize_options)
 
 
 def _refuse_to_overwrite(job: Job, outside: set[pathlib.Path]) -> None:
@@ -514,18 +570,21 @@ def _judge(
     job: Job,
     subject: Subject,
     material: Material,
-    made: tuple[onnx.ModelProto, Outcome, Feed],
+    made: tuple[tuple[onnx.ModelProto, onnx.ModelProto], Outcome, Feed],
     clock: Clock,
 ) -> Verdict:
-    """Check the new model and measure both; nothing is written before this is through."""
-    config, (model, outcome, feed) = job.config, made
+    """Check the new model and measure both; nothing is written before this is through.
+
+    Of the new one there is a form in float32, whose weights and products count, and the form that runs.
+    """
+    config, ((counted, model), outcome, feed) = job.config, made
     items = _judging(material, outcome)
     every = subject.batch if subject.dynamic_batch else 1
     judges = None if material.judge is None or config.dry_run else -(-len(items) // every)
     with clock.stage("verify", judges), contextlib.ExitStack() as stack:
         check_structure(subject.original, model)
-        view = View(model)
-        shapes = measure_shapes(model, view, [], subject.feed, config.threads)
+        view = View(counted)
+        shapes = measure_shapes(counted, view, [], subject.feed, config.threads)
         optimised = look_at_both((subject.original, model), config.threads, config.provider)
         mapped = is_mapped(subject.original)  # both alike, or their latencies do not compare
         sessions = (
@@ -547,10 +606,10 @@ def _judge(
         slow, fast = interleaved(sessions, feed)
     before = Totals(subject.params, sum(subject.macs.values()), subject.file_bytes, slow)
     after = Totals(
-        models.weight_count(model), sum(macs_by_node(view, shapes).values()), models.stored_bytes(model), fast
+        models.weight_count(counted), sum(macs_by_node(view, shapes).values()), models.stored_bytes(model), fast
     )
     verdict = Verdict(before, after, quality, sessions[1].provider, certificate, optimised, changes=changes)
-    reason = _why_unchanged(job, outcome, before, after)
+    reason = _why_unchanged(job, outcome, (before, after), model is subject.original)
     if reason:
         return dataclasses.replace(verdict, after=before, quality=None, optimised=None, unchanged=reason, changes=None)
     if not job.replays:
@@ -558,10 +617,13 @@ def _judge(
     return verdict
 
 
-def _why_unchanged(job: Job, outcome: Outcome, before: Totals, after: Totals) -> str:
+def _why_unchanged(job: Job, outcome: Outcome, totals: tuple[Totals, Totals], is_original: bool) -> str:
     """Return why the original is kept: where latency decides, what is not faster is not handed out."""
+    before, after = totals
     if outcome.timing is None or job.replays:
         return ""
+    if job.config.precision != "float32":
+        return f"nothing in {job.config.precision} is faster within the limits" if is_original else ""
     if outcome.nothing:
         return outcome.nothing
     if outcome.plan is None or not outcome.plan.chosen:

@@ -35,13 +35,25 @@ from onnx_lrs.report.result import (
     SearchStep,
     SkippedLayer,
     Totals,
+    Variant,
     ratio_of,
 )
 from onnx_lrs.report.training import Trained, TrainedEpoch
 
 PAGE = (Path(__file__).parent.parent / "docs" / "result.md").read_text(encoding="utf-8")
 RECORDS = [Result, Certificate, Totals, Ratio, OutputQuality, LayerResult, SkippedLayer, Inspection, LayerInfo]
-RECORDS += [Optimised, OptimisedGraph, SearchStep, Changes, ChangedAnswer, Pareto, ParetoPoint, CurvePoint, Refined]
+RECORDS += [
+    Optimised,
+    OptimisedGraph,
+    SearchStep,
+    Changes,
+    ChangedAnswer,
+    Pareto,
+    ParetoPoint,
+    CurvePoint,
+    Refined,
+    Variant,
+]
 REFINED, TRAINED = [Refinement], [Trained, TrainedEpoch]
 COMPARED = [Comparison, ComparedModel, Timed, LayerTime]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs import data as sources
 from onnx_lrs.calibration.capture import Setting, is_too_large, rows_per_call
-from onnx_lrs.config import Config
+from onnx_lrs.config import Config, Precision
 from onnx_lrs.data import Samples, TensorSpec
 from onnx_lrs.errors import ConfigError
 from onnx_lrs.graph import model as models
@@ -57,7 +57,8 @@ class Subject:
 
     ``feed`` is one input at the smallest batch, ``shapes`` the tensors measured on it, ``macs`` multiply-accumulates by
     node (its first output), ``params`` the original's weights, ``file_bytes`` its size with external data, ``batch``
-    the largest number of samples in one call, ``scratch`` where new weights go if the model's own lie in files.
+    the largest number of samples in one call, ``scratch`` where new weights go if the model's own lie in files,
+    ``precision`` what the new model will compute in.
     """
 
     original: onnx.ModelProto
@@ -73,6 +74,7 @@ class Subject:
     dynamic_batch: bool
     batch: int
     scratch: Scratch | None = None
+    precision: Precision = "float32"
 
     @functools.cached_property
     def reach(self) -> Reach:
@@ -153,6 +155,7 @@ def examine(
         dynamic_batch=dynamic,
         batch=_batch(layers, shapes, feed, samples, config),
         scratch=scratch,
+        precision=config.precision,
     )
 
 

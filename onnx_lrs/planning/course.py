@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from onnx_lrs.calibration.shelf import Shelf
 from onnx_lrs.calibration.store import Store
 from onnx_lrs.calibration.subject import Material, Subject
 from onnx_lrs.config import Budget
-from onnx_lrs.errors import BudgetError
+from onnx_lrs.errors import BudgetError, ConfigError
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.layers import Layer
 from onnx_lrs.graph.rewrite import rewrite
@@ -27,6 +28,7 @@ from onnx_lrs.planning.guarantee import Promise, promise
 from onnx_lrs.planning.job import Job
 from onnx_lrs.planning.plan import PLAN, Curves, carried, error_curves
 from onnx_lrs.planning.plan_file import read_plan
+from onnx_lrs.planning.precision import Quantiser, kept_within, with_rounding
 from onnx_lrs.planning.prices import Plan
 from onnx_lrs.planning.search import (
     ROUNDS,
@@ -69,7 +71,8 @@ class Outcome:
 
     ``cascaded``: behind compressed layers, where a damping of None says that new weights were no better. ``plan`` is
     what was carried out, None for a gain; ``timing`` what its latency was predicted with, where latency decides.
-    ``nothing`` says why a search found no plan, ``curves`` what the layers were offered.
+    ``nothing`` says why a search found no plan, ``curves`` what the layers were offered, ``in_float`` what of a
+    quantised model stays in float32.
     """
 
     fitted: dict[str, Fitted]
@@ -83,6 +86,7 @@ class Outcome:
     gate: Gate | None = None
     notes: tuple[str, ...] = ()
     curves: Curves = dataclasses.field(default_factory=dict)
+    in_float: frozenset[str] = frozenset()
 
     @property
     def factors(self) -> dict[str, AnyFactors]:
@@ -104,9 +108,12 @@ class Outcome:
         return predicted / self.timing.original_ms * before.latency_ms
 
 
-def plan_and_fit(job: Job, subject: Subject, material: Material, means: tuple[Work, Feed], clock: Clock) -> Outcome:
+Tools = tuple[Feed, Quantiser]  # what is timed on, and the precision in which
+
+
+def plan_and_fit(job: Job, subject: Subject, material: Material, means: tuple[Work, Tools], clock: Clock) -> Outcome:
     """Make a plan from the error curves of all layers, or take one, and fit it; or fit every layer to its own gain."""
-    config, (work, feed) = job.config, means
+    config, (work, tools) = job.config, means
     method = METHODS[config.method]
     solver = Settings(structure=config.structure, steps=config.steps, seed=config.seed)
     assert config.multiple is not None  # settled
@@ -133,7 +140,7 @@ def plan_and_fit(job: Job, subject: Subject, material: Material, means: tuple[Wo
         shop = Shop(bench, capture, setting, workers, clock.timer, shelf, work)
         if job.budget.gain is not None:
             return _fit_to_gain(job, subject, material, shop, clock)
-        return _fit_to_plan(job, subject, material, (shop, feed), clock)
+        return _fit_to_plan(job, subject, material, (shop, tools), clock)
 
 
 def _fit_to_gain(job: Job, subject: Subject, material: Material, shop: Shop, clock: Clock) -> Outcome:
@@ -153,9 +160,9 @@ def _fit_to_gain(job: Job, subject: Subject, material: Material, shop: Shop, clo
     return Outcome(fitted, promise(subject, fitted, items), left)
 
 
-def _fit_to_plan(job: Job, subject: Subject, material: Material, means: tuple[Shop, Feed], clock: Clock) -> Outcome:
+def _fit_to_plan(job: Job, subject: Subject, material: Material, means: tuple[Shop, Tools], clock: Clock) -> Outcome:
     """Make a plan, or take the one that is given, and fit its layers."""
-    config, (shop, feed) = job.config, means
+    config, (shop, tools) = job.config, means
     in_cascade = _in_cascade(job, material)
     fitter = Fitter(subject, shop, material, config.fit if in_cascade else "independent")
     if job.replays:
@@ -165,7 +172,7 @@ def _fit_to_plan(job: Job, subject: Subject, material: Material, means: tuple[Sh
         if in_cascade:
             _collect(job, subject, material, shop, clock)
     else:
-        outcome = _planned(job, subject, material, (shop, feed, fitter), clock)
+        outcome = _planned(job, subject, material, (shop, tools, fitter), clock)
     plan = outcome.plan
     assert plan is not None
     if config.dry_run:
@@ -214,24 +221,26 @@ def _in_cascade(job: Job, material: Material) -> bool:
     return possible and config.fit != "independent"
 
 
-def _planned(job: Job, subject: Subject, material: Material, means: tuple[Shop, Feed, Fitter], clock: Clock) -> Outcome:
+def _planned(
+    job: Job, subject: Subject, material: Material, means: tuple[Shop, Tools, Fitter], clock: Clock
+) -> Outcome:
     """Choose a candidate for each layer by its error curve and what each layer's error makes of the outputs."""
-    shop, feed, fitter = means
+    shop, (feed, quantiser), fitter = means
     curves, work = _curves(job, subject, material, shop, clock), shop.work
     if not job.budget.is_timed:
-        asked_for = repr(job.budget)  # exactly: in words it is rounded
+        asked_for = f"{job.budget!r} {quantiser.precision}"  # exactly: in words a budget is rounded
         kept = work.get(PLAN, asked_for)
         if kept is None:
             kept = work.put(PLAN, asked_for, dict(Planner(subject, curves, job.budget).plan().chosen))
         return Outcome({}, plan=Plan(kept), curves=curves)
     # a plan that was timed or judged is not kept for a run that goes on: the judging samples are not part of what the
     # work folder is known by, and the machine may be another; what was fitted is kept
-    timing = _timing(job, subject, feed)
+    timing = _timing(job, subject, feed, quantiser)
     asked = job.config.latency_table is not None and not pathlib.Path(job.config.latency_table).exists()
     with clock.stage("latency", timing.count):
         timing.prepare(curves, job.progress)
     try:
-        outcome = _chosen(job, material, Planner(subject, curves, job.budget, timing), fitter, clock)
+        outcome = _chosen(job, material, Planner(subject, curves, job.budget, timing), (fitter, quantiser), clock)
         return dataclasses.replace(outcome, curves=curves)
     finally:
         if asked and job.config.latency_table is not None:
@@ -244,6 +253,7 @@ def _curves(job: Job, subject: Subject, material: Material, shop: Shop, clock: C
     roles: Roles = {} if split is None else {FIT: split.fit, SELECT: split.select}
     with clock.stage("plan", _step_count(subject.layers, roles, shop)):
         curves, probes = error_curves(subject, shop, roles, job.progress)
+        curves = with_rounding(subject, curves)
     if not probes or material.samples is None or split is None:
         return curves
     with clock.stage("sensitivity", len(probes)):
@@ -253,9 +263,9 @@ def _curves(job: Job, subject: Subject, material: Material, shop: Shop, clock: C
         )
 
 
-def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, clock: Clock) -> Outcome:
+def _chosen(job: Job, material: Material, planner: Planner, means: tuple[Fitter, Quantiser], clock: Clock) -> Outcome:
     """Return the plan for the budget: the knapsack's, corrected by the clock, or searched for by what is lost."""
-    subject, timing, budget = planner.subject, planner.timing, job.budget
+    subject, timing, budget, (fitter, quantiser) = planner.subject, planner.timing, job.budget, means
     assert timing is not None
     end_to_end = None
     if timing.stopwatch is not None and not is_mapped(subject.original):
@@ -268,14 +278,22 @@ def _chosen(job: Job, material: Material, planner: Planner, fitter: Fitter, cloc
             return rewrite(subject.view, subject.layers, factors, subject.ranks, subject.scratch).model
 
         with clock.stage("search", SEARCH_STEPS):
-            found = Search(planner, fitter, gate, build).run(end_to_end, job.progress)
+            search = Search(planner, fitter, gate, build, functools.partial(kept_within, quantiser, gate))
+            found = search.run(end_to_end, job.progress)
         real = timing.predict_ms(found.plan) / timing.original_ms
         if end_to_end is not None and found.plan.chosen:
             real = end_to_end.ratio(found.plan)
             timing.calibrate(found.plan, real)
         _refuse_if_apart(budget, found, real)
         return Outcome(
-            {}, plan=found.plan, timing=timing, steps=found.steps, nothing=found.why, gate=gate, notes=found.notes
+            {},
+            plan=found.plan,
+            timing=timing,
+            steps=found.steps,
+            nothing=found.why,
+            gate=gate,
+            notes=found.notes,
+            in_float=found.in_float,
         )
     assert budget.latency is not None
     if end_to_end is None:
@@ -304,15 +322,21 @@ def _refuse_if_apart(budget: Budget, found: Found, real: float) -> None:
     )
 
 
-def _timing(job: Job, subject: Subject, feed: Feed) -> Timing:
+def _timing(job: Job, subject: Subject, feed: Feed, quantiser: Quantiser) -> Timing:
     """Return the price of latency: of this machine, or of the device whose table was given."""
     config, digest = job.config, models.digest(job.source)
-    here = Device.here(config.provider, config.threads)
-    stopwatch = Stopwatch(config.provider, config.threads, feed)
+    here = Device.here(config.provider, config.threads, config.precision)
+    stopwatch = Stopwatch(config.provider, config.threads, feed, quantiser.stand_in)
     place = None if config.latency_table is None else pathlib.Path(config.latency_table)
     if place is None or not place.exists():
         return Timing(subject, stopwatch, Table.cached(here), digest, feed)
     table = Table.read(place)
+    if table.device.precision != config.precision:
+        raise ConfigError(
+            f"--latency-table {place} holds latencies in {table.device.precision}, and this run is in "
+            f"{config.precision}.",
+            "Make one with the same --quantize.",
+        )
     return Timing(subject, stopwatch if table.device == here else None, table, digest, feed)
 
 

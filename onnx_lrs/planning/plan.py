@@ -66,7 +66,7 @@ def limits_of(subject: Subject, fractions: Mapping[str, float], timing: Price | 
     prices: dict[str, Callable[[], Price]] = {
         "params": lambda: Params(subject),
         "macs": lambda: Macs(subject),
-        "size": lambda: Size(subject),
+        "size": lambda: Size(subject, subject.precision),
     }
     found = []
     for name, fraction in fractions.items():

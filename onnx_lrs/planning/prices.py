@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from onnx_lrs.calibration.subject import Subject
+from onnx_lrs.config import Precision
 from onnx_lrs.graph.forms import GEMM_C_OPTIONAL
 from onnx_lrs.graph.layers import Layer, read_elsewhere
 from onnx_lrs.graph.model import sparse_bytes, stored_bytes, weight_count
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 CHANNELS = "channels"  # the form that leaves filters in front of it unread
 NODE_BYTES = 400  # of a node and the names around it, more than any that was seen
-FLOAT_BYTES = 4
+ROUNDING_BYTES = 1600  # of what stands around a quantised node: scales, zero points, the nodes that apply them
+WEIGHT_BYTES: Mapping[Precision, int] = {"float32": 4, "fp16": 2, "int8": 1}
+ROW_BYTES = {"int8": 9}  # scale and zero point of an output, and its bias in 32 bits instead of 8
 Alive = Mapping[str, "NDArray[np.int64]"]
 
 
@@ -124,31 +127,40 @@ class Macs:
 
 
 class Size:
-    """Bytes of the file, external data included; the names of new nodes are estimated from above."""
+    """Bytes of the file, external data included; the names of new nodes are estimated from above.
 
-    def __init__(self, subject: Subject) -> None:
+    ``precision`` is that of the file to be written; what stands around its nodes is estimated from above, too.
+    """
+
+    def __init__(self, subject: Subject, precision: Precision = "float32") -> None:
         self._subject = subject
         self._params = Params(subject)
+        self._each, self._row = WEIGHT_BYTES[precision], ROW_BYTES.get(precision, 0)
+        self._node = NODE_BYTES + (ROUNDING_BYTES if precision == "int8" else 0)
         self.before = subject.file_bytes
         self.now = stored_bytes(subject.folded)
+        if precision != "float32":
+            more = sum(self.dense(la) - WEIGHT_BYTES["float32"] * la.params for la in subject.layers)
+            self.now += more + self._node * len(subject.view.nodes)
 
     def dense(self, layer: Layer) -> int:
         """Return the bytes of the layer's weights."""
-        return FLOAT_BYTES * layer.params
+        return self._each * layer.params + self._row * layer.out
 
     def of(self, layer: Layer, candidate: Candidate) -> int:
         """Return the bytes of the candidate's weights, of its new nodes and its index of channels."""
         values = self._params.of(layer, candidate)
-        stored = FLOAT_BYTES * (values - candidate.elements) + 8 * len(candidate.support)
+        stored = self._each * (values - candidate.elements) + 8 * len(candidate.support)
+        stored += self._row * (layer.out * 2 + candidate.rank * layer.taps + candidate.inner)
         if candidate.elements:
             stored += sparse_bytes(candidate.elements, layer.params)
         nodes = 1 + bool(candidate.rank) + bool(candidate.inner)
         nodes += 2 * (bool(len(candidate.support)) + bool(candidate.elements))
-        return stored + nodes * (NODE_BYTES + 6 * len(layer.name))
+        return stored + nodes * (self._node + 6 * len(layer.name))
 
     def less(self, layer: Layer, candidate: Candidate | None, rows: int) -> int:
         """Return the bytes of the rows that go."""
-        return FLOAT_BYTES * self._params.less(layer, candidate, rows)
+        return self._each * self._params.less(layer, candidate, rows)
 
 
 def new_bias(subject: Subject, layer: Layer) -> int:

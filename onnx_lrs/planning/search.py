@@ -62,7 +62,8 @@ class EndToEnd:
     def assembled(self, plan: Plan) -> onnx.ModelProto:
         """Return the network with a plan's factors, their values random."""
         factors = {node: stand_in(self._layers[node], c) for node, c in plan.chosen.items()}
-        return rewrite(self._subject.view, self._subject.layers, factors, self._subject.ranks).model
+        found = rewrite(self._subject.view, self._subject.layers, factors, self._subject.ranks).model
+        return self._stopwatch.as_run(found)
 
     def ratio(self, plan: Plan) -> float:
         """Return the plan's latency as a fraction of the original's, by two readings that agree or three."""
@@ -95,7 +96,7 @@ class EndToEnd:
         saved = {node: timing.predict_ns(without(plan, [node])) - whole for node in plan.chosen}
         current = without(plan, [node for node, ns in saved.items() if ns <= 0])
         asked = [node for node in current.chosen if _placed(plan, node) not in self._proven]
-        doubtful = [node for node in asked if saved[node] < CLEAR * timing.before]
+        doubtful = [node for node in asked if saved[node] < CLEAR * timing.now]
         shares = {node: saved[node] / whole for node in sorted(doubtful, key=lambda n: saved[n])}
         idle: list[str] = []
         for group in together(shares):
@@ -188,6 +189,11 @@ class Planner:
         """Whether more than latency counts, so that a layer which is no faster may still be of use."""
         return bool(self.budget.limits.keys() - {"latency"})
 
+    def ceiling(self) -> float:
+        """Return the fraction of the latency that the model takes with no layer compressed: 1 in float32."""
+        assert self.timing is not None
+        return min(self.timing.now / self.timing.before, 1.0)
+
     def floor(self) -> float:
         """Return about the least fraction of the latency that a plan is predicted to reach.
 
@@ -211,7 +217,7 @@ def calibrated(planner: Planner, end_to_end: EndToEnd) -> None:
     assert planner.timing is not None
     for _ in range(CALIBRATIONS):
         try:
-            plan = planner.plan((1.0 + planner.floor()) / 2)
+            plan = planner.plan((planner.ceiling() + planner.floor()) / 2)
         except BudgetError:  # other limits cannot be kept; who asks for the plan will say so
             return
         if not plan.chosen:
@@ -244,7 +250,7 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
             continue
         kept = plan if planner.has_other_limits else end_to_end.without_idle(plan, planner.timing)
         dense |= plan.chosen.keys() - kept.chosen.keys()
-        real = end_to_end.ratio(kept) if kept.chosen else 1.0
+        real = end_to_end.ratio(kept) if kept.chosen else planner.ceiling()
         progress.step(f"{real:.3f} of the latency")
         nearest = min(nearest, real)
         if real > wanted:
@@ -253,7 +259,7 @@ def within_latency(planner: Planner, end_to_end: EndToEnd, wanted: float, progre
             loosest = max(loosest, given)
             if best is None or loss_of(kept) <= loss_of(best[0]):  # a looser one may be without layers
                 best = kept, real
-        if CLOSE * wanted <= real <= wanted or loosest == 1.0:
+        if CLOSE * wanted <= real <= wanted or loosest == 1.0 or (real <= wanted and not kept.chosen):
             break
         given = _corrected(given, wanted / real, max(low, loosest), high)
     if best is None and dense:
@@ -289,26 +295,42 @@ def _corrected(given: float, factor: float, low: float, high: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Where a search ended: the plan, every step, why there is no plan, and what the user should know."""
+    """Where a search ended: the plan, every step, why there is no plan, and what the user should know.
+
+    ``in_float`` names what stays in float32 where the model is quantised, by the tensors that nodes make.
+    """
 
     plan: Plan
     steps: tuple[SearchStep, ...]
     why: str = ""
     notes: tuple[str, ...] = ()
+    in_float: frozenset[str] = frozenset()
 
 
 Build = Callable[[Mapping[str, AnyFactors]], onnx.ModelProto]
+AsRun = Callable[[onnx.ModelProto], tuple[onnx.ModelProto, frozenset[str]]]  # and what of it stays in float32
 
 
 class Search:
-    """The fastest plan that passes a gate; ``build`` puts factors into the graph."""
+    """The fastest plan that passes a gate; ``build`` puts factors into the graph, ``as_run`` gives it its precision.
 
-    def __init__(self, planner: Planner, fitter: Fitter, gate: Gate, build: Build) -> None:
+    Plans are tried in float32, which takes no calibration; those that are confirmed, as they will run.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        fitter: Fitter,
+        gate: Gate,
+        build: Build,
+        as_run: AsRun = lambda model: (model, frozenset()),
+    ) -> None:
         self._planner, self._fitter, self._gate, self._build = planner, fitter, gate, build
+        self._as_run = as_run
         self._end_to_end: EndToEnd | None = None
         self._dense: frozenset[str] = frozenset()
         self._paying: dict[float, Plan | None] = {}
-        self._top = planner.budget.latency or 1.0
+        self._top = min(planner.budget.latency or 1.0, planner.ceiling())
         self.steps: list[SearchStep] = []
 
     def run(self, end_to_end: EndToEnd | None, progress: Progress) -> Found:
@@ -345,7 +367,7 @@ class Search:
                 continue
             if not plan.chosen:
                 break
-            model = self._model(plan, full=True)
+            model, in_float = self._as_run(self._model(plan, full=True))
             first = self._gate.drop(model, self._gate.search)
             if not self._gate.holds(first):
                 self._note(latency, plan, first, (self._fitter.fit, False), progress)
@@ -354,7 +376,7 @@ class Search:
             held = self._gate.holds(second)
             self._note(latency, plan, second, ("confirm", held), progress)
             if held:
-                return Found(plan, tuple(self.steps), notes=(self._said(first, second),))
+                return Found(plan, tuple(self.steps), notes=(self._said(first, second),), in_float=in_float)
         return self._nothing()
 
     def _to_be_tried(self, high: float, floor: float, progress: Progress) -> list[float]:

@@ -1,9 +1,12 @@
 """What each candidate of a layer takes in ONNX Runtime: measured on a grid, interpolated, measured where it counts.
 
 A candidate's latency is that of the layer alone in a small graph (graph/small.py), relative to the dense layer's in the
-same rounds. A plan's prediction is the original model's own latency plus what each layer takes more or less,
+same rounds. A plan's prediction is the model's own latency plus what each layer takes more or less,
 
     T + s * sum_l (t_l(chosen) - t_l(dense)),
+
+all of it in the precision in which the model will run: T is the original brought into it, and limits are fractions of
+the original as it was given.
 
 s being set so that it holds for plans that were timed in the network (:meth:`Timing.calibrate`), the one chosen last.
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -52,11 +55,15 @@ SCALES = (0.25, 4.0)  # by which one calibration may correct
 
 @dataclasses.dataclass(frozen=True)
 class Stopwatch:
-    """Times small graphs on one provider; ``feed`` is what the whole model is timed on."""
+    """Times small graphs on one provider; ``feed`` is what the whole model is timed on.
+
+    ``as_run`` brings a float model into the precision it would run in.
+    """
 
     provider: Provider
     threads: int
     feed: Feed
+    as_run: Callable[[onnx.ModelProto], onnx.ModelProto] = lambda model: model
 
     def model_ms(self, model: onnx.ModelProto) -> float:
         """Return what the whole model takes."""
@@ -69,7 +76,7 @@ class Stopwatch:
             sessions, feeds = [], []
             for shape in shapes:
                 model, feed = build_small(small, shape)
-                sessions.append(stack.enter_context(Session(model, self.threads, provider=self.provider)))
+                sessions.append(stack.enter_context(Session(self.as_run(model), self.threads, provider=self.provider)))
                 feeds.append(feed)
             between = None
             if small.cold_mib:
@@ -110,7 +117,7 @@ class Timing:
         self._shapes: dict[Small, list[Shape]] = {}  # of all candidates
         self._sure: set[tuple[str, str]] = set()  # shapes of layers that were measured more than once
         self._model = f"{digest} {sorted((name, value.shape) for name, value in feed.items())}"
-        self.original_ms = 0.0
+        self.original_ms = self.start_ms = 0.0
         self.scale = 1.0
         self.before = self.now = 0
 
@@ -127,7 +134,8 @@ class Timing:
     @property
     def exported(self) -> Table:
         """What the table knows of this model and its layers."""
-        return self.table.part({small.key for small in self._smalls.values()}, {self._model})
+        models = {self._model, f"{self._model} {self.device.precision}"}
+        return self.table.part({small.key for small in self._smalls.values()}, models)
 
     @property
     def count(self) -> int:
@@ -142,7 +150,10 @@ class Timing:
         ConfigError
             If the table of another device lacks this model or one of its layers.
         """
-        self.original_ms = self._original_ms()
+        self.original_ms = self._model_ms(self._model, self._subject.original)
+        self.start_ms = self.original_ms
+        if self.device.precision != "float32":
+            self.start_ms = self._model_ms(f"{self._model} {self.device.precision}", self._subject.folded, as_run=True)
         progress.step("model")
         wanted: dict[Small, dict[Shape, None]] = {}
         for layer in self._subject.layers:
@@ -155,14 +166,14 @@ class Timing:
             if self.is_here:
                 self.table.keep()
             progress.step(small.op)
-        self.before = self.now = round(NS_PER_MS * self.original_ms)
+        self.before, self.now = round(NS_PER_MS * self.original_ms), round(NS_PER_MS * self.start_ms)
 
-    def _original_ms(self) -> float:
+    def _model_ms(self, key: str, model: onnx.ModelProto, as_run: bool = False) -> float:
         if self.stopwatch is not None:
-            self.table.models[self._model] = self.stopwatch.model_ms(self._subject.original)
-        if self._model not in self.table.models:
+            self.table.models[key] = self.stopwatch.model_ms(self.stopwatch.as_run(model) if as_run else model)
+        if key not in self.table.models:
             raise self._lacking("this model at this batch")
-        return self.table.models[self._model]
+        return self.table.models[key]
 
     def _lacking(self, what: str) -> ConfigError:
         return ConfigError(
@@ -289,14 +300,14 @@ class Timing:
         ``real`` is a fraction of the original's latency. Layers in small graphs and in the network differ most where
         calls take less than a millisecond.
         """
-        saved = self.original_ms - self.predict_ms(plan)
-        really = self.original_ms * (1.0 - real)
+        saved = self.start_ms - self.predict_ms(plan)
+        really = self.start_ms - self.original_ms * real
         if saved > 0:
             self.scale *= float(np.clip(really / saved, *SCALES))
 
     def predict_ms(self, plan: Plan) -> float:
         """Return what the whole model is predicted to take."""
-        return self.original_ms + (self.predict_ns(plan) - self.now) / NS_PER_MS
+        return self.start_ms + (self.predict_ns(plan) - self.now) / NS_PER_MS
 
     def predict_ns(self, plan: Plan) -> int:
         """Return the same in whole nanoseconds."""

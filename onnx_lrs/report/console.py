@@ -181,7 +181,7 @@ def print_result(result: Result, verbose: bool = False, *, console: Console | No
         Where to print; stderr by default.
     """
     blocks: list[RenderableType] = ["", _sizes(result), *_latency_line(result)]
-    blocks += [*_optimised(result.optimised, verbose), "", *_quality(result)]
+    blocks += [*_optimised(result.optimised, verbose), *_ways(result), "", *_quality(result)]
     if result.refined is not None:
         blocks += ["", *_trained(result.refined.rounds[-1], verbose)]
     blocks += [*_search(result), "", *_layers(result, verbose), *_certificate(result)]
@@ -321,6 +321,17 @@ def _quality(result: Result) -> list[RenderableType]:
         table.add_row(*map(_text, row))
     before = () if result.refined is None else result.refined.before
     return [table, *(_text(words.before_training(quality)) for quality in before)]
+
+
+def _ways(result: Result) -> list[RenderableType]:
+    """Return the table of precisions, where one was asked for."""
+    if not result.variants:
+        return []
+    head, *rows = words.ways(result.variants)
+    table = _table(head[0], *(f">{name}" for name in head[1:]), title="The ways to run it, timed in turn")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return ["", table]
 
 
 def _accuracy(quality: OutputQuality) -> str:

@@ -11,7 +11,7 @@ from onnx_lrs.graph.model import takes_sparse
 from onnx_lrs.planning.candidates import LOW_RANK
 from onnx_lrs.planning.course import Outcome
 from onnx_lrs.planning.job import Job
-from onnx_lrs.report.result import LayerResult, OutputQuality, Totals
+from onnx_lrs.report.result import LayerResult, OutputQuality, Totals, Variant
 from onnx_lrs.report.tolerances import SLOWER
 from onnx_lrs.report.training import Trained
 from onnx_lrs.runtime.session import is_mapped
@@ -176,6 +176,25 @@ def side_notes(job: Job, material: Material, quality: tuple[OutputQuality, ...] 
         notes.append(f"The work folder {job.config.work} is no longer needed and may be deleted.")
     if external and job.output is not None and not job.config.dry_run:
         notes.append(f"Its weights are in {models.external_name(job.output)} beside it, as the original's are outside.")
+    return notes
+
+
+def precision_notes(variants: Sequence[Variant]) -> list[str]:
+    """Say which of the ways was handed out where it is not the expected one, and what stays in float32."""
+    chosen = next(variant for variant in variants if variant.chosen)
+    notes = []
+    if chosen is not variants[-1]:
+        notes.append(
+            f"Handed out is the {chosen.name} model: {variants[-1].name} takes {variants[-1].latency_ms:.3g} ms, it "
+            f"{chosen.latency_ms:.3g}."
+        )
+    elif len(variants) == 2:
+        notes.append(f"Low rank and sparse parts add nothing here: this is the original in {chosen.name}.")
+    if chosen.in_float:
+        notes.append(f"In float32, because in INT8 too much was lost: {_called(list(chosen.in_float))}.")
+    slower = [variant.name for variant in variants if variant.latency_ms < chosen.latency_ms / SLOWER]
+    if slower:
+        notes.append(f"It is slower than {' and '.join(slower)}; --latency and --max-drop choose by what is measured.")
     return notes
 
 

@@ -286,6 +286,25 @@ class Refined:
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """The network in one of the ways that it could be handed out, where a precision was asked for.
+
+    ``name`` is "original", "INT8" or "FP16" (the original in that precision), "low-rank + sparse" (in float32) and that
+    with ", INT8" or ", FP16". ``latency_ms`` is the median, all timed in turn; ``quality`` is against the original,
+    None without data; ``in_float`` names the tensors whose nodes stay in float32, because in INT8 too much was lost.
+    ``chosen`` is what was handed out. ``model`` is not part of the JSON.
+    """
+
+    name: str
+    file_bytes: int
+    latency_ms: float
+    quality: tuple[OutputQuality, ...] | None
+    in_float: tuple[str, ...]
+    chosen: bool
+    model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})
+
+
+@dataclasses.dataclass(frozen=True)
 class Result(Report):
     """The outcome of :func:`onnx_lrs.compress`.
 
@@ -298,7 +317,8 @@ class Result(Report):
     questions of a search for what ``max_drop`` allows. ``unchanged`` says why the original was kept, empty where it was
     not; with ``dry_run`` nothing was fitted, and errors are those that the plan counts with. ``changes`` tells of each
     output with classes which samples changed theirs, None without quality. ``pareto`` is what other budgets would have
-    cost, where a report was asked for and a plan was made. ``refined`` is what training did, None without it. ``call``
+    cost, where a report was asked for and a plan was made. ``refined`` is what training did, None without it.
+    ``variants`` are the ways that the network was timed in where a precision was asked for, else empty. ``call``
     repeats the run: the command line, or the Python call with objects abbreviated.
     """
 
@@ -326,6 +346,7 @@ class Result(Report):
     changes: tuple[Changes, ...] | None = None
     pareto: Pareto | None = None
     refined: Refined | None = None
+    variants: tuple[Variant, ...] = ()
     call: str = ""
     schema: int = SCHEMA
     model: onnx.ModelProto | None = dataclasses.field(default=None, repr=False, compare=False, metadata={"json": False})

@@ -79,6 +79,7 @@ def content(result: Result) -> dict[str, Any]:
         "totals": list(_totals(result)),
         "wishes": list(_wishes(result)),
         "machine": machine(result.settings, result.environment),
+        "ways": words.ways(result.variants) if result.variants else (),
         "quality": result.quality[:MOST_OUTPUTS] if result.quality else (),
         "no_quality": _no_quality(result),
         "before_training": result.refined.before[:MOST_OUTPUTS] if result.refined else (),

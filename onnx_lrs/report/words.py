@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 if TYPE_CHECKING:
     from onnx_lrs.report.comparison import Timed
-    from onnx_lrs.report.result import LayerResult, OutputQuality, SearchStep
+    from onnx_lrs.report.result import LayerResult, OutputQuality, SearchStep, Variant
 
 UNKNOWN = "-"
 COSTS = {"latency": "latency", "params": "parameters", "macs": "multiply-accumulates", "size": "file size"}
@@ -48,6 +48,22 @@ def three_digits(value: float) -> str:
 def count(value: int) -> str:
     """Return a count with three digits and a decimal prefix: 431 k, 15.2 M, 1.23 G."""
     return _scaled(value, "")
+
+
+def ways(variants: Sequence[Variant]) -> list[list[str]]:
+    """Return a table of the ways that a model was brought into: a column each, a row a figure, names in front."""
+    rows = [
+        ["", *(variant.name for variant in variants)],
+        ["File size", *(byte_count(variant.file_bytes) for variant in variants)],
+        ["Latency", *(milliseconds(variant.latency_ms) for variant in variants)],
+    ]
+    for place, output in enumerate(variants[0].quality or ()):
+        own = [(variant.quality or ())[place] for variant in variants]
+        rows.append([f"Error, {output.name}", *(percent(q.relative_l2) for q in own)])
+        for what, name in (("Top-1 same", "top1_agreement"), ("Accuracy", "accuracy_after")):
+            if getattr(own[-1], name) is not None:
+                rows.append([what, *(percent(getattr(q, name)) for q in own)])
+    return [*rows, ["", *("handed out" if variant.chosen else "" for variant in variants)]]
 
 
 def byte_count(value: int) -> str:

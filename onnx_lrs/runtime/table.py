@@ -32,21 +32,26 @@ class Device:
     name: str
     onnxruntime: str
     threads: int
+    precision: str = "float32"
 
     @classmethod
-    def here(cls, provider: str, threads: int) -> Device:
-        """Return this machine with a provider of ONNX Runtime."""
+    def here(cls, provider: str, threads: int, precision: str = "float32") -> Device:
+        """Return this machine with a provider of ONNX Runtime; ``precision`` is that of what is timed."""
         cpu = processor(IDENTITY)
         name = cpu if provider == "cpu" else f"{cpu}, {accelerators()}"
-        return cls(provider, name, str(runtime().__version__), threads)
+        return cls(provider, name, str(runtime().__version__), threads, precision)
 
     @property
     def key(self) -> str:
         """A short text that is equal for equal devices."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:16]
+        told = dataclasses.asdict(self)
+        if self.precision == "float32":
+            del told["precision"]  # tables of before there were others keep their place
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.provider}, {self.threads} threads, ONNX Runtime {self.onnxruntime}"
+        kind = "" if self.precision == "float32" else f" {self.precision}"
+        return f"{self.name}, {self.provider}{kind}, {self.threads} threads, ONNX Runtime {self.onnxruntime}"
 
 
 @dataclasses.dataclass

@@ -189,23 +189,41 @@ def compare_answers(
     VerificationError
         If the compressed model's outputs are not finite.
     """
-    original, compressed = sessions
+    return compare_several(sessions, samples, items, labels, batching, progress)[0]
+
+
+def compare_several(
+    sessions: Sequence[Session],
+    samples: Samples,
+    items: NDArray[np.int64],
+    labels: NDArray[np.int64] | None,
+    batching: tuple[int, bool],
+    progress: Progress,
+) -> list[tuple[tuple[OutputQuality, ...], tuple[Changes, ...]]]:
+    """Return the same for every session behind the first one, which is the original's and runs once."""
+    original, *others = sessions
     starts = np.concatenate([[0], np.cumsum([samples.rows(i) for i in range(len(samples))])])
-    meters: dict[str, Meter] = {}
+    meters: list[dict[str, Meter]] = [{} for _ in others]
     size, dynamic = batching
     pace = Pace(progress, size if dynamic else 1)
     for indices, feed in batches(samples, items, size, dynamic):
-        a, b = original.run(feed), compressed.run(feed)
+        a, results = original.run(feed), [session.run(feed) for session in others]
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in indices])
+        own = None if labels is None else labels[rows]
         for name in original.outputs:
-            if a[name].dtype.kind == "f":
-                _check_finite(name, a, b)
-                own = None if labels is None else labels[rows]
-                meters.setdefault(name, Meter(name)).add(a[name], b[name], own, rows)
+            for b, known in zip(results, meters, strict=True):
+                if a[name].dtype.kind == "f":
+                    _check_finite(name, a, b)
+                    known.setdefault(name, Meter(name)).add(a[name], b[name], own, rows)
         pace.advance(len(indices))
     pace.finish()
-    changes = (meter.changes() for meter in meters.values())
-    return tuple(meter.quality() for meter in meters.values()), tuple(c for c in changes if c is not None)
+    return [
+        (
+            tuple(meter.quality() for meter in known.values()),
+            tuple(c for c in (meter.changes() for meter in known.values()) if c is not None),
+        )
+        for known in meters
+    ]
 
 
 def takes_batches(model: onnx.ModelProto | pathlib.Path, samples: Samples, threads: int) -> bool:
