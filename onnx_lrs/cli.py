@@ -361,6 +361,8 @@ def _add_training(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     train.add_argument("--patience", type=int, metavar="N", help=f"epochs without a gain ({default.patience})")
     train.add_argument("--device", metavar="NAME", help="cpu (default) or cuda")
     train.add_argument("--autocast", metavar="NAME", help="bfloat16: auto (default: if faster), on or off")
+    told = "for INT8: train with weights rounded as quantising will; the file holds them unrounded"
+    train.add_argument("--fake-quant", action="store_true", default=None, help=told)
     return train
 
 

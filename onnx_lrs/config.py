@@ -227,6 +227,9 @@ class Training:
     device : {"cpu", "cuda"}
     autocast : {"auto", "on", "off"}
         Whether products are taken in bfloat16. "auto": where that makes a step faster.
+    fake_quant : bool
+        Train for INT8: every call computes with weights rounded as ``onnxruntime.quantization`` does it (static, QDQ,
+        per channel), and so the best epoch is chosen. The file gets the weights before rounding.
 
     Raises
     ------
@@ -248,6 +251,7 @@ class Training:
     patience: int = 10
     device: Literal["cpu", "cuda"] = "cpu"
     autocast: Literal["auto", "on", "off"] = "auto"
+    fake_quant: bool = False
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"--epochs is {self.epochs}; it must be at least 1.")

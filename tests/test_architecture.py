@@ -28,7 +28,8 @@ ON_THE_GROUND = {
     "onnx_lrs.work": {"onnx_lrs.errors"},
 }
 OPTIONAL = {"jinja2", "markupsafe", "matplotlib", "torch", "onnx2torch", "dask", "cvxpy"}
-TRAINING = {f"onnx_lrs.training.{name}" for name in ("augment", "loop", "losses", "refine", "student")}  # need torch
+NEED_TORCH = ("augment", "loop", "losses", "refine", "rounding", "student")
+TRAINING = {f"onnx_lrs.training.{name}" for name in NEED_TORCH}
 DOOR = "onnx_lrs.training.door"
 BROAD = {"Exception", "BaseException"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

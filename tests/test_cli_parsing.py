@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_lrs import cli, errors
-from onnx_lrs.config import GIB, Budget, Config, Preprocess
+from onnx_lrs.config import GIB, Budget, Config, Preprocess, Training
 from onnx_lrs.report.result import Inspection, Result, Totals, ratio_of
 
 BARE = ["model.onnx", "-o", "small.onnx"]
@@ -348,6 +348,20 @@ def test_version(capsys):
         cli.main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("onnx-lrs 0.")
+
+
+@pytest.mark.parametrize("command", ["compress", "refine"])
+def test_training_for_int8_is_a_flag_of_both_ways_to_refine(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "--fake-quant" in capsys.readouterr().out
+    train = ["--data", "x.npy", *(["--refine"] if command == "compress" else [])]
+    models = ["model.onnx"] if command == "compress" else ["model.onnx", "small.onnx"]
+    for flags in ([], ["--fake-quant"]):
+        args = cli.parse([command, *models, "-o", "out.onnx", *train, *flags])
+        assert cli.training_from(args) == Training(fake_quant=bool(flags))
+        if command == "compress":
+            assert cli.config_from(args).refine == Training(fake_quant=bool(flags))
 
 
 def test_help_needs_none_of_the_heavy_libraries():

@@ -192,6 +192,40 @@ def test_a_work_folder_knows_labels_and_who_judges(pair, tmp_path):
 
 
 @needs_torch
+def test_training_for_int8_writes_weights_that_are_not_rounded(pair):
+    """Rounded outputs are off by more than what torch and ONNX Runtime may differ by: parity is checked without."""
+    for_int8, plain = (
+        onnx_lrs.refine(*pair, data=IMAGES, training=dataclasses.replace(COURSE, fake_quant=how), config=CONFIG)
+        for how in (True, False)
+    )
+    assert shell(for_int8.model) == shell(pair[1])
+    assert for_int8.model != plain.model
+    assert for_int8.trained.rounded
+    assert not plain.trained.rounded
+    first, others = (found.trained.epochs[0] for found in (for_int8, plain))
+    assert first.selected != others.selected  # the start is rounded too
+    assert for_int8.trained.epochs[for_int8.trained.best].selected < first.selected
+    assert for_int8.before == plain.before
+    for values in floats(for_int8.model).values():
+        ratios = values / (np.abs(values).max() / 127)
+        assert np.abs(ratios - ratios.round()).max() > 0.1
+    assert any("rounded to INT8" in note for note in for_int8.notes)
+    assert not any("rounded to INT8" in note for note in plain.notes)
+
+
+@needs_torch
+def test_a_work_folder_tells_training_for_int8_from_other_training(pair, tmp_path):
+    kept, found = dataclasses.replace(CONFIG, work=tmp_path / "work"), {}
+    course = dataclasses.replace(COURSE, epochs=2, learning_rate=3e-4)
+    for how in (False, True, False, True):
+        told = dataclasses.replace(course, fake_quant=how)
+        model = onnx_lrs.refine(*pair, data=IMAGES, training=told, config=kept).model
+        assert model == found.setdefault(how, model)
+        assert model == onnx_lrs.refine(*pair, data=IMAGES, training=told, config=CONFIG).model
+    assert found[True] != found[False]
+
+
+@needs_torch
 def test_labels_beyond_the_classes_are_refused(pair):
     with pytest.raises(DataError, match="The labels go up to 11; no output has so many classes"):
         onnx_lrs.refine(*pair, data=IMAGES, labels=np.arange(len(IMAGES)) % 12, training=COURSE, config=CONFIG)
@@ -349,15 +383,16 @@ def test_the_command_refines_and_tells_what_became_better(files, tmp_path, capfd
 def test_compress_takes_the_flags_of_training(files, tmp_path, capfd):
     model, _, data = files
     out = tmp_path / "out.onnx"
-    flags = ["--params", "0.2", "--fit", "independent", "--threads", "1", "--refine", "--epochs", "2"]
+    flags = ["--params", "0.2", "--fit", "independent", "--threads", "1", "--refine", "--epochs", "2", "--fake-quant"]
     assert cli.main([model, "-o", str(out), "--data", data, *flags]) == 0
     told = capfd.readouterr().err
     assert "Before training, logits: relative error" in told
+    assert "weights rounded to INT8" in told
     assert out.exists()
 
 
 def test_flags_of_training_without_it_are_refused(files, tmp_path, capfd):
     model, _, data = files
-    for flag in (["--epochs", "3"], ["--no-augment"], ["--rounds", "2"]):
+    for flag in (["--epochs", "3"], ["--no-augment"], ["--fake-quant"], ["--rounds", "2"]):
         assert cli.main([model, "-o", str(tmp_path / "out.onnx"), "--data", data, *flag]) == 2
         assert f"{flag[0]} is about training. Add --refine" in " ".join(capfd.readouterr().err.split())

@@ -26,6 +26,7 @@ from onnx_lrs.graph.splice import outer_reads
 
 Array = NDArray[np.float32]
 MULTIPLIED = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "MatMul": (0, 1)}  # operands by operator
+CHANNELS = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}  # axis of a weight's own scales in onnxruntime.quantization
 ADDED = {"Conv": (2,), "ConvTranspose": (2,), "Gemm": (2,)}
 SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
@@ -63,12 +64,15 @@ class Twin:
         Weights that the original computes when it is loaded, initialisers here: the nodes that make each, in order.
     constants : mapping of str to ndarray
         What those nodes read besides tunables.
+    channels : mapping of str to int or None
+        Weights that INT8 quantisation rounds: the axis whose entries have a scale each, None: one scale for all.
     """
 
     model: onnx.ModelProto
     tunables: tuple[Tunable, ...]
     made: Mapping[str, tuple[NodeProto, ...]]
     constants: Mapping[str, NDArray[np.generic]]
+    channels: Mapping[str, int | None]
 
 
 def twin(original: onnx.ModelProto) -> Twin:
@@ -83,7 +87,9 @@ def twin(original: onnx.ModelProto) -> Twin:
     constants = {name: stored[name] for name in sorted(read - {each.name for each in tuned})}
     dense = {name: stored[name] for name in (*operands, *sparse) if name in stored}
     dense |= {name: evaluated(nodes, stored, np.transpose)[name] for name, nodes in made.items()}
-    return Twin(_plain(model, stored, dense), tuned, made, constants)
+    plain = _plain(model, stored, dense)
+    whole = {name: values for name, values in stored.items() if name not in sparse}
+    return Twin(plain, tuned, made, constants, _channels(plain, whole))
 
 
 def evaluated(
@@ -144,8 +150,12 @@ def _places(sparse: onnx.SparseTensorProto) -> tuple[NDArray[np.int64], ...]:
 
 def _operands(model: onnx.ModelProto, places: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     for node in model.graph.node:
-        if is_standard(node.domain):
-            yield from (node.input[i] for i in places.get(node.op_type, ()) if i < len(node.input) and node.input[i])
+        yield from _operands_of(node, places)
+
+
+def _operands_of(node: NodeProto, places: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    if is_standard(node.domain):
+        yield from (node.input[i] for i in places.get(node.op_type, ()) if i < len(node.input) and node.input[i])
 
 
 def _biases(model: onnx.ModelProto) -> Iterator[str]:
@@ -243,6 +253,27 @@ def _living(nodes: list[NodeProto], graph: onnx.GraphProto) -> list[NodeProto]:
             living.append(node)
             wanted |= outer_reads(node)
     return living[::-1]
+
+
+def _channels(model: onnx.ModelProto, whole: Mapping[str, NDArray[np.generic]]) -> dict[str, int | None]:
+    """Return the axes of the scales with which onnxruntime.quantization (static, QDQ, per channel) stores weights.
+
+    It takes initialisers, which its preprocessing makes of Constant nodes; models with sparse initialisers it does not
+    take at all, and what the graph computes is an activation to it. Of several nodes that read a weight the last one
+    decides, unless it would need an axis that the weight does not have.
+    """
+    found: dict[str, int | None] = {}
+    for node in model.graph.node:
+        for name in _operands_of(node, MULTIPLIED):
+            if name not in whole:
+                continue
+            turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+            axis = CHANNELS.get(node.op_type, 0 if turned else 1)
+            if axis < whole[name].ndim:
+                found[name] = axis
+            else:
+                found.setdefault(name, None)
+    return found
 
 
 def with_values(original: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelProto:

@@ -487,7 +487,7 @@ def _trained(trained: Trained, verbose: bool) -> list[RenderableType]:
             table.add_row(str(epoch.number), *figures)
     kinds = ", ".join(f"{name}: {kind}" for name, kind in trained.loss.items())
     what = f"{words.count(trained.weights)} weights on {trained.samples} samples, {trained.selecting} others select"
-    half = ", bfloat16" if trained.bfloat16 else ""
+    half = (", bfloat16" if trained.bfloat16 else "") + (", weights rounded to INT8" if trained.rounded else "")
     return [table, _text(f"Epoch {trained.best} was the best. Trained {what} (loss {kinds}{half}).")]
 
 

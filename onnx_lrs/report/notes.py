@@ -212,6 +212,9 @@ def refined_notes(rounds: Sequence[Trained], layers: bool = False) -> list[str]:
         notes.append("The errors of the layers are those before training.")
     if last.best == 0:
         notes.append("Training made nothing better: the weights are those of before.")
+    if last.rounded:
+        told = "The epochs were trained and judged with weights rounded to INT8"
+        notes.append(f"{told}; the file holds them unrounded, and its quality is measured so.")
     endings = {
         "time": "the time was over",
         "no gain": "nothing had become better for a while",

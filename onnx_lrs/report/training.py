@@ -38,7 +38,7 @@ class Trained:
     ``samples`` were trained on and ``selecting`` chose the ``best`` epoch; ``weights`` values were trained; ``loss``
     tells how each output was compared ("kl", "l2"), ``bfloat16`` whether products were taken in that, and ``ended`` why
     the last epoch was the last: all were done, the time was over, nothing got better for a while, Ctrl-C, or the loss
-    was no longer finite.
+    was no longer finite. ``rounded`` says whether the figures of the epochs are those of weights rounded to INT8.
     """
 
     epochs: tuple[TrainedEpoch, ...]
@@ -49,3 +49,4 @@ class Trained:
     loss: dict[str, str]
     bfloat16: bool
     ended: Ended = "epochs"
+    rounded: bool = False

@@ -274,7 +274,9 @@ class Trainer:
 
     def _outputs(self, inputs: Sequence[torch.Tensor], half: bool) -> dict[str, torch.Tensor]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            found: dict[str, torch.Tensor] = self.student(*(tensor.to(self._device) for tensor in inputs))
+            found: dict[str, torch.Tensor] = self.student(
+                *(tensor.to(self._device) for tensor in inputs), rounded=self._training.fake_quant
+            )
         return found
 
     def _classes(self, labels: NDArray[np.int64] | None) -> torch.Tensor | None:
@@ -283,7 +285,7 @@ class Trainer:
     def held_out(self) -> tuple[float, float | None]:
         """Return the loss on the samples that select, as they are, and how many of them get the original's class.
 
-        The second is a share, None where no output has classes.
+        The second is a share, None where no output has classes. Weights are rounded where steps round them.
         """
         total, same, rows = 0.0, 0, 0
         ranked = next((goal.name for goal in self._loss.goals if goal.classes), None)

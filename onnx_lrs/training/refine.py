@@ -111,6 +111,7 @@ def refined(
         loss={goal.name: goal.kind for goal in goals},
         bfloat16=trainer.autocast,
         ended=trainer.ended,
+        rounded=training.fake_quant,
     )
 
 
@@ -180,7 +181,7 @@ def _size(value: NDArray[np.generic]) -> float:
 
 
 def _check_parity(model: onnx.ModelProto, student: Student, names: Sequence[str], pool: Pool, threads: int) -> None:
-    """Refuse a translation that does not compute what the file does."""
+    """Refuse a translation that does not compute what the file does: the weights of the file, nothing is rounded."""
     feed = next(pool.batches(range(len(pool)), 8)).feed
     with Session(model, threads) as session, torch.no_grad():
         wanted = session.run(feed, list(names))

@@ -26,6 +26,7 @@ from onnx_lrs.errors import ModelError
 from onnx_lrs.graph.model import is_standard, opset
 from onnx_lrs.graph.tuning import Twin, evaluated
 from onnx_lrs.runtime.session import with_outputs
+from onnx_lrs.training.rounding import straight_through
 
 FAILURES = (
     NotImplementedError,
@@ -75,6 +76,7 @@ class Student(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         self._routes = tuple(r for r in self._routes if r.name in trained or r.name in twin.made)
         self.leaves = torch.nn.ParameterDict()
         self.keys = {name: f"w{place}" for place, name in enumerate(trained)}  # of leaves: names may hold dots
+        self._channels = {name: twin.channels[name] for name in trained if name in twin.channels}
         self._made, self._constants = twin.made, {n: torch.from_numpy(np.array(v)) for n, v in twin.constants.items()}
         for each in twin.tunables:
             if each.name not in trained:
@@ -97,9 +99,11 @@ class Student(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         """The trained constants by the names that they have in the file."""
         return {name: self._value(name).detach().cpu().numpy().copy() for name in self.keys}
 
-    def forward(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the outputs by name."""
+    def forward(self, *inputs: torch.Tensor, rounded: bool = False) -> dict[str, torch.Tensor]:
+        """Return the outputs by name; ``rounded``: those of weights as INT8 leaves them, gradients straight through."""
         values: dict[str, Any] = {name: self._value(name) for name in self.keys}
+        if rounded:
+            values |= {name: straight_through(values[name], axis) for name, axis in self._channels.items()}
         for nodes in self._made.values():
             values |= evaluated(nodes, self._constants | values, torch.permute)
         replaced = {route.target: _on_route(values[route.name], route) for route in self._routes}
