@@ -21,6 +21,7 @@ from onnx_lrs.graph import model as models
 from onnx_lrs.graph import weights
 from onnx_lrs.graph.cost import macs_by_node
 from onnx_lrs.graph.model import View
+from onnx_lrs.graph.quantised import floated, is_quantised
 from onnx_lrs.graph.rewrite import Rewritten, merged, rewrite
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.planning.candidates import Fitted
@@ -87,11 +88,36 @@ def compress(job: Job) -> Result:
     """Run the whole way; see :func:`onnx_lrs.compress`."""
     job = _settled(job)
     check_request(job)
+    job = _in_float(job)
     found = _run(job, Clock(job.progress))
     if job.config.report is not None:
         written = "" if found.output is None else f"{found.output} was already written"
         publish(pathlib.Path(job.config.report), found, job.progress, written)
     return found
+
+
+def _in_float(job: Job) -> Job:
+    """Return the job with the float model behind one that is quantised already; that one is what counts as original.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be undone.
+    ConfigError
+        If something else than INT8 was asked for, or training.
+    """
+    model = models.load(job.source)
+    if not is_quantised(model):
+        return job
+    if job.config.precision == "fp16" or job.config.refine is not None:
+        what = "--quantize fp16" if job.config.refine is None else "--refine"
+        raise ConfigError(f"The model is quantised already, which does not go with {what}.", "Give the float model.")
+    found = floated(model)
+    job.progress.note("The model is in INT8 (QDQ): weights are dequantised, and the scales of its activations kept.")
+    config = dataclasses.replace(job.config, precision="int8")
+    job = dataclasses.replace(job, source=found.model, reference=job.source, config=config, scales=found.scales)
+    _check_precision(job)
+    return job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,13 +210,13 @@ def _make(job: Job, clock: Clock, stack: contextlib.ExitStack, on_the_way: bool 
             subject = dataclasses.replace(
                 subject,
                 original=original,
-                params=models.weight_count(original),
+                params=subject.params if job.scales else models.weight_count(original),
                 file_bytes=models.source_bytes(job.original),
             )
         feed = timed_feed(subject, job.config.batch)
     work = stack.enter_context(_open_work(job, material, clock))
     notes = [] if on_the_way else _told(job, opening_notes(job, subject, material))
-    quantiser = Quantiser(subject, material, job.config)
+    quantiser = Quantiser(subject, material, job.config, job.scales)
     outcome = plan_and_fit(job, subject, material, (work, (feed, quantiser)), clock)
     with clock.stage("rewrite"):
         rewritten = rewrite(subject.view, subject.layers, outcome.factors, subject.ranks, scratch)

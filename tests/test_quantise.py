@@ -324,6 +324,26 @@ def test_sentences_of_any_length_go_through():
     assert found.quality[0].relative_l2 < 0.5
 
 
+def test_a_model_in_integers_may_be_given(tmp_path):
+    onnx.save(nets.conv_net(), tmp_path / "float.onnx")
+    options = {"quant_format": QuantFormat.QDQ, "per_channel": True, "activation_type": QuantType.QUInt8}
+    quantize_static(tmp_path / "float.onnx", tmp_path / "given.onnx", Batches(IMAGES), **options)
+    config = dataclasses.replace(CONFIG, precision="float32")
+    found = onnx_lrs.compress(tmp_path / "given.onnx", tmp_path / "small.onnx", data=0.5 * IMAGES, config=config)
+    given, written = onnx.load(tmp_path / "given.onnx"), onnx.load(tmp_path / "small.onnx")
+    assert found.settings["precision"] == "int8"
+    assert found.before.file_bytes == (tmp_path / "given.onnx").stat().st_size
+    assert 0 <= found.before.params - nets.count_params(nets.conv_net()) <= 6  # limits of three Clips
+    assert found.after.params <= 0.3 * found.before.params
+    assert found.after.file_bytes < found.before.file_bytes
+    for name in ("image_scale", "r1_scale", "r3_zero_point", "logits_scale"):  # not those of the darker images
+        assert integers(written)[name] == integers(given)[name]
+    assert models.signature(written) == models.signature(given)
+    assert off(given, written) < 1.0
+    with pytest.raises(errors.ConfigError, match="does not go with --quantize fp16"):
+        onnx_lrs.compress(given, data=IMAGES, config=dataclasses.replace(CONFIG, precision="fp16"))
+
+
 @pytest.mark.parametrize(
     ("config", "data", "said"),
     [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 from onnx_lrs.calibration.subject import Inputs
 from onnx_lrs.config import Budget, Config
 from onnx_lrs.graph.model import ModelSource
+from onnx_lrs.graph.quantised import Scale
 from onnx_lrs.planning.gate import Metric
 from onnx_lrs.planning.workers import Executor
 from onnx_lrs.progress import Progress
@@ -17,7 +19,8 @@ from onnx_lrs.progress import Progress
 class Job:
     """What the caller asked for; ``call`` repeats it, as a command line or as Python.
 
-    ``reference`` is the original where ``source`` is what an earlier round of refining has made of it.
+    ``reference`` is the original where ``source`` is what an earlier round of refining has made of it, or the float
+    model behind one that was given in INT8, whose activations have the ``scales``.
     """
 
     source: ModelSource
@@ -29,6 +32,7 @@ class Job:
     metric: Metric | None = None
     call: str = ""
     reference: ModelSource | None = None
+    scales: Mapping[str, Scale] = dataclasses.field(default_factory=dict)
 
     @property
     def original(self) -> ModelSource:

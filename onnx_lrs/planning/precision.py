@@ -9,7 +9,7 @@ whatever stands in their place.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -21,6 +21,7 @@ from onnx_lrs.config import Config, Precision
 from onnx_lrs.data import batches
 from onnx_lrs.graph.layers import weight_matrix
 from onnx_lrs.graph.linear import Product, links, products, turned, with_biases
+from onnx_lrs.graph.quantised import Scale
 from onnx_lrs.graph.tuning import constants
 from onnx_lrs.planning.gate import Gate
 from onnx_lrs.planning.plan import Curves
@@ -57,13 +58,17 @@ class Quantiser:
         Samples; the fit and select parts give ranges. INT8 needs them.
     config : Config
         ``precision``, ``quantize_options``, ``threads``, ``seed``.
+    scales : mapping of str to Scale, optional
+        Of activations of a model that was given in INT8: they are kept.
     """
 
-    def __init__(self, subject: Subject, material: Material, config: Config) -> None:
+    def __init__(
+        self, subject: Subject, material: Material, config: Config, scales: Mapping[str, Scale] | None = None
+    ) -> None:
         self._subject, self._samples = subject, material.samples
         self._threads = config.threads
         self.precision: Precision = config.precision
-        self.recipe = Recipe.of(config.quantize_options)
+        self.recipe = dataclasses.replace(Recipe.of(config.quantize_options), scales=scales or {})
         self._items = np.zeros(0, np.int64)
         if material.split is not None:
             every = material.split.fit_and_select

@@ -22,6 +22,7 @@ from onnx_lrs.config import Precision
 from onnx_lrs.errors import ConfigError, ModelError
 from onnx_lrs.graph import weights
 from onnx_lrs.graph.model import PROTOBUF_LIMIT, opset
+from onnx_lrs.graph.quantised import Scale
 from onnx_lrs.native import STDERR, redirected
 from onnx_lrs.runtime.session import Feed, runtime
 
@@ -44,7 +45,8 @@ Ranges = Any  # onnxruntime.quantization.TensorsData: lowest and highest value, 
 class Recipe:
     """How activations and weights become integers: arguments of ``quantize_static`` under its own names.
 
-    ``exclude`` names nodes that stay in float32 by their first output.
+    ``exclude`` names nodes that stay in float32 by their first output, ``scales`` are those of tensors that have one
+    already, by name.
     """
 
     calibrate_method: str = "MinMax"
@@ -55,6 +57,7 @@ class Recipe:
     op_types: tuple[str, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exclude: frozenset[str] = frozenset()
+    scales: Mapping[str, Scale] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, options: Mapping[str, str]) -> Recipe:
@@ -225,7 +228,7 @@ def to_int8(model: onnx.ModelProto, ranges: Ranges, recipe: Recipe) -> onnx.Mode
                 [],
                 excluded,
                 _op_types(recipe),
-                dict(recipe.extra),
+                dict(recipe.extra) | _known_scales(source, recipe, library.QuantType),
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()
@@ -237,6 +240,26 @@ def to_int8(model: onnx.ModelProto, ranges: Ranges, recipe: Recipe) -> onnx.Mode
     found: onnx.ModelProto = quantizer.model.model
     found.producer_name, found.producer_version = model.producer_name, model.producer_version
     return found
+
+
+def _known_scales(model: onnx.ModelProto, recipe: Recipe, types: Any) -> dict[str, Any]:
+    """Return the option that gives tensors of a model the scales that they had."""
+    names = {value.name for value in model.graph.input} | {name for node in model.graph.node for name in node.output}
+    known = {name: scale for name, scale in recipe.scales.items() if name in names}
+    if not known:
+        return {}
+    given = {
+        name: [
+            {
+                "quant_type": types.from_string(f"Q{'U' if dtype.startswith('u') else ''}Int{dtype.lstrip('uint')}"),
+                "scale": np.array(scale.scale, np.float32),
+                "zero_point": np.array(scale.zero_point, dtype),
+            }
+        ]
+        for name, scale in known.items()
+        for dtype in [str(onnx.helper.tensor_dtype_to_np_dtype(scale.dtype))]
+    }
+    return {"TensorQuantOverrides": given | dict(recipe.extra.get("TensorQuantOverrides", {}))}
 
 
 def _op_types(recipe: Recipe) -> list[str]:
