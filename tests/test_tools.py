@@ -446,6 +446,32 @@ def test_refined_models_from_warm_and_cold_starts_and_in_rounds(tmp_path, tool):
     assert rendered.strip() in table
 
 
+# ----------------------------------------------------------------------------------------------------------- INT8
+
+
+def test_four_ways_are_timed_against_int8(tmp_path, tool):
+    onnx.save(nets.conv_net(), tmp_path / "net.onnx")
+    np.save(tmp_path / "data.npy", nets.as_floats(nets.pictures(60)))
+    given = [tmp_path / "net.onnx", "--data", tmp_path / "data.npy", "--fit", "independent", "--threads", 1]
+    own = ["--folder", tmp_path / "out", "--budgets", "params=0.3", "--batches", 1, 4, "--seconds", 0.5]
+    code, table, told = tool("compare_int8", *given, *own)
+    assert code == 0, told
+    (cell,) = records(tmp_path / "out" / "cells.jsonl")
+    names = ["original", "INT8", "low-rank + sparse", "low-rank + sparse, INT8"]
+    assert [way["name"] for way in cell["ways"]] == names
+    assert set(cell["times"]) == {"1", "4"}
+    assert all(times.keys() == set(names) and times["INT8"] == [1, 1, 1] for times in cell["times"].values())
+    assert len(list((tmp_path / "out").glob("net-params0.3-*.onnx"))) == 4
+    assert table.count("| net | params=0.3 |") == 4
+    assert "**low-rank + sparse, INT8**" in table
+    code, again, told = tool("compare_int8", *given, *own)
+    assert again == table
+    assert "params=0.3:" not in told
+    code, rendered, _ = tool("compare_int8", "--render", tmp_path / "out" / "cells.jsonl")
+    assert code == 0
+    assert rendered.strip() in table
+
+
 # ------------------------------------------------------------------------------------------------ GPUs, without one
 
 
