@@ -87,6 +87,8 @@ def test_the_lowest_and_highest_of_several_batches_count():
 def test_excluded_nodes_stay_in_float():
     model = nets.conv_net()
     some = to_int8(model, stand_in_ranges(model), Recipe(exclude=frozenset({"c2"})))
+    by_name = to_int8(model, stand_in_ranges(model), Recipe.of({"nodes_to_exclude": "fc9,*onv2"}))
+    assert by_name == some
     kept = {n.output[0]: n for n in some.graph.node if n.op_type == "Conv"}
     assert kept["c2"].input[1] == "conv2.w"
     assert "conv1.w" not in integers(some)

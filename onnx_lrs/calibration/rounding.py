@@ -17,11 +17,10 @@ from onnx_lrs.graph.tuning import constants
 from onnx_lrs.runtime.session import Feed, Session, with_outputs
 from onnx_lrs.solvers.rounding import Pair
 
-AT_ONCE = 64  # links that one pass looks at: what they hold stays in memory
+AT_ONCE = 32  # links that one pass looks at: what they hold stays in memory
 ROWS = 4096  # of a tensor between, over all batches
 FEWEST = 16  # of one batch
 Feeds = Callable[[], Iterable[Feed]]
-Floats = NDArray[np.float64]
 
 
 def pairs(
@@ -35,20 +34,21 @@ def pairs(
     for start in range(0, len(links), AT_ONCE):
         group = links[start : start + AT_ONCE]
         rng = np.random.default_rng(0)
-        found: dict[str, list[Floats]] = {link.between: [] for link in group}
+        found: dict[str, list[NDArray[np.float32]]] = {link.between: [] for link in group}
         energies: dict[str, list[float]] = {link.first.input: [] for link in group}
         for given in _runs(model, [*found, *energies], feeds, threads):
             for link in group:
                 z = _features_last(given[link.between], link.first.axis)
                 drawn = rng.choice(len(z), min(len(z), each), replace=False)
-                found[link.between].append(np.asarray(z[drawn], np.float64))
+                found[link.between].append(np.asarray(z[drawn], np.float32))
             for name, own in energies.items():
                 own.append(float(np.mean(np.square(given[name], dtype=np.float64))))
         for link in group:
             first = rows(link.first, values[link.first.weight])
             energy = float(np.mean(energies[link.first.input])) * first.shape[1]
             second = columns(link.second, values[link.second.weight])
-            yield link, Pair(np.concatenate(found.pop(link.between)), first, second, energy)
+            between = np.concatenate(found.pop(link.between)).astype(np.float64)
+            yield link, Pair(between, first, second, energy)
 
 
 def _features_last(value: NDArray[np.floating], axis: int) -> NDArray[np.floating]:

@@ -325,17 +325,17 @@ def _refuse_if_apart(budget: Budget, found: Found, real: float) -> None:
 def _timing(job: Job, subject: Subject, feed: Feed, quantiser: Quantiser) -> Timing:
     """Return the price of latency: of this machine, or of the device whose table was given."""
     config, digest = job.config, models.digest(job.source)
-    here = Device.here(config.provider, config.threads, config.precision)
+    here = Device.here(config.provider, config.threads, quantiser.label)
     stopwatch = Stopwatch(config.provider, config.threads, feed, quantiser.stand_in)
     place = None if config.latency_table is None else pathlib.Path(config.latency_table)
     if place is None or not place.exists():
         return Timing(subject, stopwatch, Table.cached(here), digest, feed)
     table = Table.read(place)
-    if table.device.precision != config.precision:
+    if table.device.precision != quantiser.label:
         raise ConfigError(
             f"--latency-table {place} holds latencies in {table.device.precision}, and this run is in "
-            f"{config.precision}.",
-            "Make one with the same --quantize.",
+            f"{quantiser.label}.",
+            "Make one with the same --quantize and --quantize-option.",
         )
     return Timing(subject, stopwatch if table.device == here else None, table, digest, feed)
 

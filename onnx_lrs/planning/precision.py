@@ -9,6 +9,7 @@ whatever stands in their place.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
@@ -35,16 +36,21 @@ from onnx_lrs.solvers.rounding import best_turn, rounded
 # root mean square in 4,096 positions (median over the 92 of AlexNet, GoogLeNet, VGG-16 and ResNet-20 compressed, in
 # the basis that was chosen), a little more in all of them.
 OF_TENSOR = (12.0 / 255.0) ** 2 / 12.0
+FLOAT_BYTES = 4
 ASKED = 32  # samples that tell which layers suffer most
 MOST = 1024  # samples that ranges come from: with 256 of CIFAR-10 one image in a thousand was clipped out of its class
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A float model that is ready to be rounded, with the ranges of its activations (None but for INT8)."""
+    """A float model that is ready to be rounded, with the ranges of its activations (None but for INT8).
+
+    ``shifts`` are what the biases of products take once those are rounded, by the tensors that they make.
+    """
 
     model: onnx.ModelProto
     ranges: Ranges | None = None
+    shifts: Mapping[str, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
 
 
 class Quantiser:
@@ -68,12 +74,20 @@ class Quantiser:
         self._subject, self._samples = subject, material.samples
         self._threads = config.threads
         self.precision: Precision = config.precision
+        self._options = config.quantize_options
         self.recipe = dataclasses.replace(Recipe.of(config.quantize_options), scales=scales or {})
         self._items = np.zeros(0, np.int64)
+        self._batch = _batch(subject, config.memory_bytes)
         if material.split is not None:
             every = material.split.fit_and_select
             drawn = np.random.default_rng(config.seed).permutation(every)[:MOST]
             self._items = np.sort(drawn)
+
+    @property
+    def label(self) -> str:
+        """The precision with the options that latencies may depend on, as a table of latencies names it."""
+        options = (f"{name}={value}" for name, value in sorted(self._options.items()))
+        return " ".join([self.precision, *options])
 
     @property
     def rounds(self) -> bool:
@@ -99,9 +113,9 @@ class Quantiser:
             return Prepared(model)
         balanced = self._balanced(model)
         _tell(progress, "bases between factors")
-        corrected = self._corrected(balanced)
+        shifts = self._shifts(balanced)
         _tell(progress, "biases")
-        found = Prepared(corrected, ranges_of(corrected, self._feeds(), self.recipe, self._threads))
+        found = Prepared(balanced, ranges_of(balanced, self._feeds(), self.recipe, self._threads), shifts)
         _tell(progress, "ranges")
         return found
 
@@ -116,16 +130,19 @@ class Quantiser:
         recipe = dataclasses.replace(self.recipe, exclude=self.recipe.exclude | frozenset(exclude))
         if self.precision == "fp16":
             return to_fp16(prepared.model, recipe.exclude)
-        return prepared.model if prepared.ranges is None else to_int8(prepared.model, prepared.ranges, recipe)
+        if prepared.ranges is None:
+            return prepared.model
+        shifts = {name: shift for name, shift in prepared.shifts.items() if name not in recipe.exclude}
+        return to_int8(with_biases(prepared.model, shifts), prepared.ranges, recipe)
 
     def _feeds(self) -> Iterator[Feed]:
         assert self._samples is not None  # INT8 without data is refused
-        for _, feed in batches(self._samples, self._items, self._subject.batch, self._subject.dynamic_batch):
+        for _, feed in batches(self._samples, self._items, self._batch, self._subject.dynamic_batch):
             yield feed
 
     def _balanced(self, model: onnx.ModelProto) -> onnx.ModelProto:
         found = links(model, products(model))
-        count = -(-len(self._items) // self._subject.batch) if self._subject.dynamic_batch else len(self._items)
+        count = -(-len(self._items) // self._batch) if self._subject.dynamic_batch else len(self._items)
         turns = {}
         for link, pair in pairs(model, found, self._feeds, count, self._threads):
             turn, _, _ = best_turn(pair)
@@ -133,8 +150,13 @@ class Quantiser:
                 turns[link.between] = turn
         return turned(model, found, turns) if turns else model
 
-    def _corrected(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """Return the model with the mean of what its rounded weights change taken from its biases."""
+    def _shifts(self, model: onnx.ModelProto) -> dict[str, NDArray[np.float64]]:
+        """Return the mean of what rounding the weight of each product changes, with the other sign.
+
+        Not known, and so none, where options ask for other integers than those of rounded().
+        """
+        if self.recipe.weight_type != "QInt8" or self.recipe.reduce_range:
+            return {}
         every = [product for product in products(model) if product.takes_bias]
         means, values = mean_inputs(model, every, self._feeds, self._threads), constants(model)
         nodes = {node.output[0]: node for node in model.graph.node}
@@ -142,9 +164,10 @@ class Quantiser:
         for product in every:
             if product.input in means:
                 weight = values[product.weight]
-                change = rounded(weight, 1 if product.turned else 0) - weight
+                axis = int(product.turned) if self.recipe.per_channel else None
+                change = rounded(weight, axis) - weight
                 shifts[product.output] = -_mean_output(product, nodes[product.output], change, means[product.input])
-        return with_biases(model, shifts) if shifts else model
+        return shifts
 
     def by_loss(self, prepared: Prepared) -> list[str]:
         """Return the products of a prepared model, those first that move the outputs most when they alone are in INT8.
@@ -197,6 +220,14 @@ def kept_within(quantiser: Quantiser, gate: Gate, model: onnx.ModelProto) -> tup
             return mixed, kept
         count *= 2
     return whole, frozenset()
+
+
+def _batch(subject: Subject, memory_bytes: int) -> int:
+    """Return how many samples may be in one call that gives all activations at once, within half of the memory."""
+    around = {name for layer in subject.layers for name in (layer.input, layer.node)}
+    rows = min(max(len(value), 1) if value.ndim else 1 for value in subject.feed.values())
+    each = 2 * FLOAT_BYTES * sum(math.prod(subject.shapes[name]) for name in around) // rows  # layers, and between them
+    return int(np.clip(memory_bytes // 2 // max(each, 1), 1, subject.batch))
 
 
 def with_rounding(subject: Subject, curves: Curves) -> dict[str, list[Candidate]]:

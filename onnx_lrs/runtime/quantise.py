@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import fnmatch
 import io
 import pathlib
 import tempfile
@@ -45,8 +46,8 @@ Ranges = Any  # onnxruntime.quantization.TensorsData: lowest and highest value, 
 class Recipe:
     """How activations and weights become integers: arguments of ``quantize_static`` under its own names.
 
-    ``exclude`` names nodes that stay in float32 by their first output, ``scales`` are those of tensors that have one
-    already, by name.
+    ``float_nodes`` are shell patterns of the names of nodes that stay in float32; ``exclude`` names more by an output,
+    ``scales`` are those of tensors that have one already, by name.
     """
 
     calibrate_method: str = "MinMax"
@@ -55,6 +56,7 @@ class Recipe:
     per_channel: bool = True
     reduce_range: bool = False
     op_types: tuple[str, ...] = ()
+    float_nodes: tuple[str, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exclude: frozenset[str] = frozenset()
     scales: Mapping[str, Scale] = dataclasses.field(default_factory=dict)
@@ -81,8 +83,8 @@ class Recipe:
             elif name in ("per_channel", "reduce_range"):
                 found[name] = value
                 _require(isinstance(value, bool), name, text, "True or False")
-            elif name == "op_types_to_quantize":
-                found["op_types"] = tuple(str(text).split(","))
+            elif name in ("op_types_to_quantize", "nodes_to_exclude"):
+                found["op_types" if name.startswith("op") else "float_nodes"] = tuple(str(text).split(","))
             else:
                 _check_extra(name)
                 extra[name] = value
@@ -108,8 +110,9 @@ def _check_extra(name: str) -> None:
         raise ConfigError(
             f"--quantize-option {name}: ONNX Runtime {runtime().__version__} has no option of that name for static "
             "quantisation, or it does not go with this tool.",
-            "Known are calibrate_method, activation_type, weight_type, per_channel, reduce_range, op_types_to_quantize "
-            "and the extra_options of onnxruntime.quantization.quantize_static.",
+            "Known are calibrate_method, activation_type, weight_type, per_channel, reduce_range, "
+            "op_types_to_quantize, nodes_to_exclude (names or patterns, with commas between) and the extra_options of "
+            "onnxruntime.quantization.quantize_static.",
         )
 
 
@@ -215,7 +218,11 @@ def to_int8(model: onnx.ModelProto, ranges: Ranges, recipe: Recipe) -> onnx.Mode
     """
     library = _library()
     source = prepared(model)
-    excluded = [node.name for node in source.graph.node if recipe.exclude & set(node.output)]
+    excluded = [
+        node.name
+        for node in source.graph.node
+        if recipe.exclude & set(node.output) or any(fnmatch.fnmatchcase(node.name, p) for p in recipe.float_nodes)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             quantizer = library.QDQQuantizer(
