@@ -84,11 +84,12 @@ def _entries(
     job: Job, subject: Subject, made: tuple[onnx.ModelProto | None, frozenset[str], Gate | None], quantiser: Quantiser
 ) -> list[Entry]:
     (small, in_float, gate), name = made, NAMES[quantiser.precision]
-    as_run = quantiser.stand_in if job.config.dry_run else quantiser.plain
-    plain, kept = as_run(subject.folded), frozenset[str]()
-    if gate is not None and not gate.holds(gate.drop(plain, gate.search)):
-        plain, kept = kept_within(quantiser, gate, subject.folded)
-    entries = [Entry(ORIGINAL, subject.original), Entry(name, plain, kept)]
+    kept = frozenset[str]()
+    if gate is not None:
+        whole, kept = kept_within(quantiser, gate, subject.folded)
+    else:
+        whole = quantiser.stand_in(subject.folded) if job.config.dry_run else quantiser.finished(subject.folded)
+    entries = [Entry(ORIGINAL, subject.original), Entry(name, whole, kept)]
     if small is not None:
         both = quantiser.stand_in(small) if job.config.dry_run else quantiser.finished(small, in_float)
         entries += [Entry(COMPRESSED, small), Entry(f"{COMPRESSED}, {name}", both, in_float)]

@@ -119,12 +119,6 @@ class Quantiser:
         _tell(progress, "ranges")
         return found
 
-    def plain(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """Return a model in the wanted precision as it is, without a change of bases or biases."""
-        if self.precision != "int8":
-            return self.rounded(Prepared(model))
-        return self.rounded(Prepared(model, ranges_of(model, self._feeds(), self.recipe, self._threads)))
-
     def rounded(self, prepared: Prepared, exclude: Collection[str] = ()) -> onnx.ModelProto:
         """Return a prepared model in the wanted precision."""
         recipe = dataclasses.replace(self.recipe, exclude=self.recipe.exclude | frozenset(exclude))
