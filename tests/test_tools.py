@@ -470,6 +470,13 @@ def test_four_ways_are_timed_against_int8(tmp_path, tool):
     code, rendered, _ = tool("compare_int8", "--render", tmp_path / "out" / "cells.jsonl")
     assert code == 0
     assert rendered.strip() in table
+    own = ["--folder", tmp_path / "out", "--batches", 2, "--seconds", 0.5]
+    code, rendered, _ = tool("compare_int8", *own, "--retime")
+    assert code == 0
+    assert "batch 2" in rendered
+    (again,) = records(tmp_path / "out" / "cells.jsonl")
+    assert again["times"].keys() == {"2"}
+    assert again["ways"] == cell["ways"]
 
 
 # ------------------------------------------------------------------------------------------------ GPUs, without one

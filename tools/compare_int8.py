@@ -6,9 +6,11 @@ in the file is not done again::
 
     python tools/compare_int8.py alexnet.onnx --data train/ --test test/ --labels folders --preset raw \
         --budgets params=0.1 max_drop=0.01 --batches 1 16 --folder int8/
+    python tools/compare_int8.py --folder int8/ --retime
     python tools/compare_int8.py --render int8/cells.jsonl
 
-Model, data and all flags that are not listed by --help are those of onnx-lrs (--refine among them).
+--retime times the models of a folder again, for a machine that was busy before. Model, data and all flags that are not
+listed by --help are those of onnx-lrs (--refine among them).
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from trials import Record, append_record, figure, machine, markdown, parsed, rea
 import onnx_lrs
 from onnx_lrs import CompareConfig, cli
 from onnx_lrs.graph import model as models
-from onnx_lrs.report.result import Result, Variant
+from onnx_lrs.report.result import Result
 
 KEY = ("model", "budget", "refined")
 FIRST = "INT8"  # what the others are timed against
@@ -44,21 +46,28 @@ def _stem(budget: str, options: Sequence[str]) -> str:
     return f"{Path(arguments.model).stem}-{budget}{'-refined' * bool(arguments.refine)}".replace("=", "")
 
 
-def timed(stem: str, variants: Sequence[Variant], own: argparse.Namespace, threads: int) -> Record:
+def _file(folder: Path, stem: str, way: str) -> Path:
+    return folder / f"{stem}-{way.replace(', ', '-').replace(' ', '').replace('+', '-')}.onnx"
+
+
+def timed(stem: str, ways: Sequence[str], own: argparse.Namespace, threads: int) -> Record:
     """Return by batch the latency of each way as a fraction of INT8's, with both ends of its interval."""
-    ways = sorted(variants, key=lambda variant: variant.name != FIRST)
-    files = []
-    for variant in ways:
-        files.append(own.folder / f"{stem}-{variant.name.replace(', ', '-').replace(' ', '').replace('+', '-')}.onnx")
-        assert variant.model is not None
-        models.save(variant.model, files[-1], external=False)
-    config = CompareConfig(batches=tuple(own.batches), threads=threads, seconds=own.seconds)
+    names = sorted(ways, key=lambda name: name != FIRST)
+    files = [_file(own.folder, stem, name) for name in names]
     found: Record = {}
     for batch in own.batches:
-        chosen = onnx_lrs.compare(files, config=dataclasses.replace(config, batches=(batch,)))
-        found[str(batch)] = {
-            way.name: [t.ratio, t.ratio_low, t.ratio_high] for way, t in zip(ways, chosen.timings, strict=True)
-        }
+        config = CompareConfig(batches=(batch,), threads=threads, seconds=own.seconds)
+        timings = onnx_lrs.compare(files, config=config).timings
+        found[str(batch)] = {name: [t.ratio, t.ratio_low, t.ratio_high] for name, t in zip(names, timings, strict=True)}
+    return found
+
+
+def retimed(own: argparse.Namespace, cells: Sequence[Record]) -> list[Record]:
+    """Return the cells with new times of the models that lie in the folder."""
+    found = []
+    for c in cells:
+        found.append(c | {"times": timed(c["stem"], [way["name"] for way in c["ways"]], own, c["threads"])})
+        say(f"{c['stem']}: {found[-1]['times']}")
     return found
 
 
@@ -67,8 +76,13 @@ def cell(budget: str, options: Sequence[str], own: argparse.Namespace) -> Record
     arguments = parsed(options)
     result = made(budget, options, own.folder)
     config = cli.config_from(arguments)
+    stem = _stem(budget, options)
+    for variant in result.variants:
+        assert variant.model is not None
+        models.save(variant.model, _file(own.folder, stem, variant.name), external=False)
     record: Record = dict(zip(KEY, (Path(arguments.model).stem, budget, bool(arguments.refine)), strict=True))
     return record | {
+        "stem": stem,
         "threads": config.threads,
         "smaller": result.ratio.params,
         "seconds": sum(result.seconds.values()),
@@ -82,7 +96,7 @@ def cell(budget: str, options: Sequence[str], own: argparse.Namespace) -> Record
             }
             for v in result.variants
         ],
-        "times": timed(_stem(budget, options), result.variants, own, config.threads),
+        "times": timed(stem, [variant.name for variant in result.variants], own, config.threads),
     }
 
 
@@ -123,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="N", help="samples in a timed call")
     parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of timing at each batch (20)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where models, the work folder and cells.jsonl go")
+    parser.add_argument("--retime", action="store_true", help="time the models of --folder again")
     parser.add_argument("--render", type=Path, metavar="CELLS", help="only print the table of a finished run")
     return parser
 
@@ -134,11 +149,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if own.render is not None:
         print(render(read_records(own.render)))
         return 0
-    if own.folder is None or not own.budgets:
+    if own.folder is None or not (own.budgets or own.retime):
         _parser().error("--folder and --budgets are needed")
     own.folder.mkdir(parents=True, exist_ok=True)
     kept = own.folder / "cells.jsonl"
     cells = read_records(kept)
+    if own.retime:
+        cells = retimed(own, cells)
+        kept.unlink(missing_ok=True)
+        for record in cells:
+            append_record(kept, record)
+        print(render(cells))
+        return 0
     done = {tuple(c[name] for name in KEY) for c in cells}
     arguments = parsed(options)
     for budget in own.budgets:
