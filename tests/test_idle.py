@@ -32,7 +32,7 @@ def plan_of(shares, rank=8, loss=0.0):
 def timing_of(shares):
     """Predicts that a plan takes longer without a layer by its share of WHOLE."""
     missing = lambda plan: sum(share for node, share in shares.items() if node not in plan.chosen)  # noqa: E731
-    return types.SimpleNamespace(before=WHOLE, predict_ns=lambda plan: round(WHOLE * (1 + missing(plan))))
+    return types.SimpleNamespace(before=WHOLE, now=WHOLE, predict_ns=lambda plan: round(WHOLE * (1 + missing(plan))))
 
 
 def kept(real, predicted, **more):
@@ -111,6 +111,9 @@ class Desk:
     def __init__(self, real, floor=0.0, loss=lambda given: 0.0):
         self.timing = types.SimpleNamespace(calibrate=lambda plan, real: None)
         self._real, self._floor, self._loss, self.asked, self.never = real, floor, loss, [], ()
+
+    def ceiling(self):
+        return 1.0
 
     def plan(self, given, dense=frozenset()):
         if given < self._floor or dense:

@@ -377,10 +377,15 @@ OTHER = {
     "plan": "plan.json",
     "refine": onnx_lrs.Training(),
     "report": "report.html",
+    "precision": "int8",
+    "quantize_options": {"per_channel": "False"},
 }
 
 
-PLANNING = {"budget", "batch", "provider", "latency_table", "plan", "refine", "report"}  # choose among the same curves
+PLANNING = {  # choose among the same curves
+    *("budget", "batch", "provider", "latency_table", "plan", "refine", "report", "precision", "quantize_options")
+}
+BESIDE = {"quantize_options": {"precision": "int8"}}  # what a setting does not go without
 
 
 def test_the_key_changes_with_every_setting_that_curves_and_fits_depend_on():
@@ -388,7 +393,7 @@ def test_the_key_changes_with_every_setting_that_curves_and_fits_depend_on():
     fitting = set(OTHER) - PLANNING
     keys = {key_of(), *(key_of(**{name: OTHER[name]}) for name in fitting)}
     assert len(keys) == 1 + len(fitting)
-    assert {key_of(**{name: OTHER[name]}) for name in PLANNING} == {key_of()}
+    assert {key_of(**{name: OTHER[name]}, **BESIDE.get(name, {})) for name in PLANNING} == {key_of()}
 
 
 def test_the_key_changes_with_a_weight(tmp_path):
