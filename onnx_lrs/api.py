@@ -17,6 +17,7 @@ from onnx_lrs.config import Budget, CompareConfig, Config, Training
 from onnx_lrs.data import TensorSpec, open_samples
 from onnx_lrs.graph import model as models
 from onnx_lrs.graph.model import ModelSource
+from onnx_lrs.graph.quantised import floated, is_quantised
 from onnx_lrs.graph.weights import scratch_for
 from onnx_lrs.pipeline import compress as run
 from onnx_lrs.planning.gate import Metric
@@ -230,6 +231,10 @@ def inspect(
     settings = config or Config()
     original = models.load(model)
     inputs, outputs = models.signature(original)
+    notes = []
+    if is_quantised(original):  # what compress would work on, or its error
+        original = floated(original).model
+        notes.append("The model is in INT8 (QDQ): shown are the layers of the float model behind it.")
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(scratch_for(original, None))
         samples = None
@@ -239,6 +244,8 @@ def inspect(
         ranks: dict[str, int] = {}
         if samples is not None:
             ranks = effective_ranks(subject, samples, settings, progress or Silent())
+    if samples is not None:
+        notes.append(f"Effective ranks on {samples.description}.")
     in_file = isinstance(model, str | os.PathLike)
     return Inspection(
         input=str(model) if in_file else None,
@@ -249,7 +256,7 @@ def inspect(
         outputs=tuple(str(spec) for spec in outputs),
         totals=Totals(subject.params, sum(subject.macs.values()), subject.file_bytes),
         layers=_layer_infos(subject, ranks),
-        notes=() if samples is None else (f"Effective ranks on {samples.description}.",),
+        notes=tuple(notes),
         dynamic=tuple(_open_dimensions(inputs)),
         external_bytes=subject.file_bytes - pathlib.Path(model).stat().st_size if in_file else 0,
     )

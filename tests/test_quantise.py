@@ -346,6 +346,9 @@ def test_a_model_in_integers_may_be_given(tmp_path):
         assert integers(written)[name] == integers(given)[name]
     assert models.signature(written) == models.signature(given)
     assert off(given, written) < 1.0
+    looked = onnx_lrs.inspect(tmp_path / "given.onnx")
+    assert [layer.op for layer in looked.layers if layer.eligible] == ["Conv", "Gemm"]
+    assert "INT8" in looked.notes[0]
     with pytest.raises(errors.ConfigError, match="does not go with --quantize fp16"):
         onnx_lrs.compress(given, data=IMAGES, config=dataclasses.replace(CONFIG, precision="fp16"))
 
