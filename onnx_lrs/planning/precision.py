@@ -26,7 +26,6 @@ from onnx_lrs.graph.quantised import Scale
 from onnx_lrs.graph.tuning import constants
 from onnx_lrs.planning.gate import Gate
 from onnx_lrs.planning.plan import Curves
-from onnx_lrs.progress import Progress
 from onnx_lrs.runtime.quantise import Ranges, Recipe, ranges_of, stand_in, to_fp16, to_int8
 from onnx_lrs.runtime.session import Feed, Session
 from onnx_lrs.solvers import Candidate
@@ -38,7 +37,7 @@ from onnx_lrs.solvers.rounding import best_turn, rounded
 OF_TENSOR = (12.0 / 255.0) ** 2 / 12.0
 FLOAT_BYTES = 4
 ASKED = 32  # samples that tell which layers suffer most
-MOST = 1024  # samples that ranges come from: with 256 of CIFAR-10 one image in a thousand was clipped out of its class
+MOST = 1024  # samples that ranges come from: with 256 images GoogLeNet (CIFAR-10) was off by 13 %, with 1,024 by 2.4 %
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +93,6 @@ class Quantiser:
         """Whether models change at all."""
         return self.precision != "float32"
 
-    @property
-    def steps(self) -> int:
-        """Steps of :meth:`prepared`."""
-        return 3 if self.precision == "int8" else 1
-
     def stand_in(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """Return a model of random weights as it would run, to be timed."""
         return stand_in(model, self.precision, self.recipe)
@@ -107,17 +101,13 @@ class Quantiser:
         """Return a float model in the wanted precision, nodes whose outputs are named in ``exclude`` in float32."""
         return self.rounded(self.prepared(model), exclude)
 
-    def prepared(self, model: onnx.ModelProto, progress: Progress | None = None) -> Prepared:
-        """Return a float model with bases and biases that suit INT8, and its ranges."""
+    def prepared(self, model: onnx.ModelProto) -> Prepared:
+        """Return a float model with bases that suit INT8, what its biases will take, and its ranges."""
         if self.precision != "int8":
             return Prepared(model)
         balanced = self._balanced(model)
-        _tell(progress, "bases between factors")
-        shifts = self._shifts(balanced)
-        _tell(progress, "biases")
-        found = Prepared(balanced, ranges_of(balanced, self._feeds(), self.recipe, self._threads), shifts)
-        _tell(progress, "ranges")
-        return found
+        ranges = ranges_of(balanced, self._feeds(), self.recipe, self._threads)
+        return Prepared(balanced, ranges, self._shifts(balanced))
 
     def rounded(self, prepared: Prepared, exclude: Collection[str] = ()) -> onnx.ModelProto:
         """Return a prepared model in the wanted precision."""
@@ -244,11 +234,6 @@ def with_rounding(subject: Subject, curves: Curves) -> dict[str, list[Candidate]
 def _rounded_too(candidate: Candidate, step: float) -> Candidate:
     steps = bool(candidate.rank) + bool(candidate.inner)
     return dataclasses.replace(candidate, loss=candidate.loss + steps * step) if steps else candidate
-
-
-def _tell(progress: Progress | None, step: str) -> None:
-    if progress is not None:
-        progress.step(step)
 
 
 def _mean_output(
