@@ -119,6 +119,7 @@ def test_half_precision_keeps_inputs_and_outputs():
         ({"activation_type": "float"}, "activation_type is one of QInt8"),
         ({"per_channel": "2"}, "per_channel is one of True or False"),
         ({"NoSuchThing": "1"}, "has no option of that name"),
+        ({"CalibPercentil": "99"}, "has no option of that name"),
         ({"SmoothQuant": "True"}, "does not go with this tool"),
     ],
 )
@@ -134,6 +135,7 @@ def test_options_reach_the_quantiser():
     assert found["image_zero_point"].dtype == np.int8
     assert found["conv1.w_scale"].shape == ()
     assert recipe.extra == {"ActivationSymmetric": True}
+    assert Recipe.of({"CalibPercentile": "99.9"}).extra == {"CalibPercentile": 99.9}
 
 
 # ------------------------------------------------------------------------------------------- what is done before it
@@ -383,6 +385,7 @@ def test_the_command_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "low-rank + sparse, INT8" in said
     assert "handed out" in said
+    assert "of them on integers" in said
     assert "QuantizeLinear" in ops(onnx.load(tmp_path / "small.onnx"))
     assert cli.main([*call, "--quantize-option", "calibrate_method=magic"]) == 2
     with pytest.raises(SystemExit):

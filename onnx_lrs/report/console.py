@@ -282,6 +282,9 @@ def _optimised_line(optimised: Optimised) -> Text:
     parts = [f"Conv {before.convs} -> {after.convs}, {layout}"] if before.convs or after.convs else []
     parts += [f"{name} {one} -> {other}" for name, one, other in counts if one or other]
     nodes = f"{sum(before.ops.values())} -> {sum(after.ops.values())} nodes"
+    integers = sum(count for name, count in after.ops.items() if "QLinear" in name or "QGemm" in name)
+    if integers:  # layouts and fusions are those of float kernels
+        parts = [f"{integers} of them on integers"]
     return _text(f"As ONNX Runtime runs it: {'; '.join([nodes, *parts])}.")
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import fnmatch
 import io
 import pathlib
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -105,7 +106,7 @@ def _require(ok: bool, name: str, text: str, known: str) -> None:
 
 def _check_extra(name: str) -> None:
     """Refuse what the installed ONNX Runtime would pass over in silence."""
-    documented = str(_library().quantize_static.__doc__)
+    documented = set(re.findall(r"\w+", str(_library().quantize_static.__doc__))) | OF_CALIBRATORS.keys()
     if not name[:1].isupper() or name in SHAPES_ALONE or name not in documented:
         raise ConfigError(
             f"--quantize-option {name}: ONNX Runtime {runtime().__version__} has no option of that name for static "
