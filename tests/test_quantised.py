@@ -332,7 +332,9 @@ def numbers(scale: Any = 0.5, zero: Any = 3, dtype: Any = np.uint8, tag: str = "
 
 
 def hand(nodes, outputs=("y",), values=None, inputs=None, **options):
-    return make(nodes, inputs or {"x": (2, CHANNELS)}, outputs, numbers() | (values or {}), **options)
+    """Return a model that tells the shapes of all tensors, as many files do."""
+    model = make(nodes, inputs or {"x": (2, CHANNELS)}, outputs, numbers() | (values or {}), **options)
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def close(model: onnx.ModelProto, step: float = 1.5) -> onnx.ModelProto:
@@ -403,6 +405,27 @@ def test_a_weight_behind_a_transpose_stays_without_relu():
     assert ops(close(hand(nodes, values=values))) == ["Transpose", "MatMul"]
 
 
+def test_floats_through_a_pair_become_what_onnx_runtime_computes():
+    """Halves go to the even integer, and -2 and 5 lie outside of the range."""
+    values = numbers(0.25, -125, np.int8) | {"w": np.arange(-16, 40, dtype=np.float32) / 8, "x0": np.float32(0)}
+    nodes = [node("Add", ["x", "x0"], ["y"]), q("w"), dq("w_q", "v")]
+    new = close(hand(nodes, ["y", "v"], values), 0)
+    assert set(shapes(new)) == {"x0", "v"}
+
+
+def test_what_nobody_reads_and_notes_about_quantisation_go():
+    values = {"k": np.arange(4, dtype=np.uint8)}
+    model = hand(
+        [node("Neg", ["x"], ["f"]), q("f"), dq("f_q", "y"), dq("k", "w"), q("f", "unread", "again")], values=values
+    )
+    note = model.graph.quantization_annotation.add(tensor_name="f_q")
+    note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="s")
+    new = close(model)
+    assert nodes_of(new) == [("Neg", ["x"], ["y"])]
+    assert not new.graph.initializer
+    assert not new.graph.quantization_annotation
+
+
 def test_without_zero_points_and_with_vectors_of_one():
     values = {"k": np.arange(-4, 4, dtype=np.int8).reshape(CHANNELS, 2), "v": np.array([0.5], np.float32)}
     nodes = [
@@ -458,6 +481,7 @@ CUT = [  # what is in front of a pair whose lower end is 0, and whether a Relu t
     ([node("Relu", ["x"], ["g"]), node("Pad", ["g", "pads", "negative"], ["f"])], True),
     ([node("Clip", ["x", "positive"], ["f"])], False),
     ([node("Clip", ["x", "negative"], ["f"])], True),
+    ([node("Sigmoid", ["x"], ["g"]), node("Div", ["g", "g"], ["f"])], True),
     ([node("AveragePool", ["x"], ["f"], kernel_shape=[2, 2])], True),
 ]
 
@@ -477,6 +501,14 @@ def test_an_input_and_what_only_moves_it_are_not_cut_off():
     assert ops(checked(hand(nodes, values=numbers(0.5, 0)))) == ["Transpose"]
 
 
+def test_a_range_of_0_to_1_that_was_computed_is_no_clip():
+    """255 times the float32 next to 1 / 255 is a little more than 1."""
+    values = numbers(1, 0) | numbers(1 / 255, 0, tag="2") | {"k": np.float32(1 / 255)}
+    nodes = [q("x"), dq("x_q", "d"), node("Mul", ["d", "k"], ["f"]), q("f", numbers=("s2", "z2"))]
+    model = hand([*nodes, dq("f_q", "y", numbers=("s2", "z2"))], values=values)
+    assert ops(checked(model)) == ["Mul"]
+
+
 def test_a_pair_in_front_of_nothing_but_relus_leaves_them_to_it():
     front = [node("Neg", ["x"], ["f"]), q("f"), dq("f_q", "d"), node("Relu", ["d"], ["y"])]
     assert ops(close(hand(front, values=numbers(0.07, 0)))) == ["Neg", "Relu"]
@@ -491,6 +523,12 @@ def test_who_reads_in_front_of_a_pair_is_not_cut_off():
     assert ("Cos", ["f"], ["c"]) in nodes_of(new)
     assert ("Relu", ["f"], ["f_clamped"]) in nodes_of(new)
     assert list(floated(model).scales) == ["f_clamped"]
+
+
+def test_outputs_in_front_of_a_clamp():
+    nodes = [node("Neg", ["x"], ["f"]), q("f"), dq("f_q", "d"), node("Cos", ["d"], ["y"])]
+    new = close(hand(nodes, ["y", "f"], numbers(0.07, 0)), 0.04)
+    assert nodes_of(new)[:2] == [("Neg", ["x"], ["f"]), ("Relu", ["f"], ["f_clamped"])]
 
 
 def test_outputs_behind_a_clamp():

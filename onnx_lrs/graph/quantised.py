@@ -232,9 +232,11 @@ def _refuse_open_ends(view: View, node: gs.Node) -> None:
     if result in view.outputs:
         raise _declined(node, f"gives the integers {result!r} as a graph output")
     others = [reader for reader in view.readers(result) if not _is_dequantise(reader)]
-    if others or result in view.captured:
-        by = f" by {others[0].op} node {others[0].name or others[0].outputs[0].name!r}" if others else " in a subgraph"
-        raise _declined(node, f"gives the integers {result!r}, which are read{by} and not by DequantizeLinear alone")
+    if others:
+        by = f"{others[0].op} node {others[0].name or others[0].outputs[0].name!r}"
+        raise _declined(
+            node, f"gives the integers {result!r}, which are read by {by} and not by DequantizeLinear alone"
+        )
 
 
 def _is_pair(node: gs.Node) -> bool:
@@ -305,7 +307,7 @@ def _is_weight(view: View, node: gs.Node) -> bool:
 
 
 def _is_read(view: View, name: str) -> bool:
-    return bool(view.readers(name)) or name in view.outputs or name in view.captured
+    return bool(view.readers(name)) or name in view.outputs
 
 
 def _values(view: View, node: gs.Node) -> NDArray[np.float32]:
@@ -443,11 +445,7 @@ def _is_cut_behind(view: View, tensor: _Tensor, clamp: Bounds, bounds: Mapping[s
     """Return whether all that reads a tensor behind its pairs is a Relu or Clip that cuts off as much."""
     for name in tensor.behind:
         readers = [reader for reader in view.readers(name) if not _is_pair(reader)]
-        if (
-            name in view.outputs
-            or name in view.captured
-            or any(reader.op not in ("Relu", "Clip") for reader in readers)
-        ):
+        if name in view.outputs or any(reader.op not in ("Relu", "Clip") for reader in readers):
             return False
         cuts = [_limits(view, reader, {**bounds, name: ANYTHING}) for reader in readers]
         if any(low < clamp[0] or high > clamp[1] for low, high in cuts):
@@ -533,7 +531,7 @@ def _place(view: View, names: Names, tensor: _Tensor, clamp: Bounds | None, chan
     movable = bool(made_by) and not _is_pair(made_by[0]) and front not in view.outputs
     nodes: list[gs.Node] = []
     if clamp is not None:
-        alone = movable and front not in view.captured and all(_is_pair(reader) for reader in view.readers(front))
+        alone = movable and all(_is_pair(reader) for reader in view.readers(front))
         if not ends and alone:  # what is behind the clamp keeps the name, as ONNX Runtime gave it the Relu's
             changes.writes[front] = names.fresh(f"{front}_unclamped")
         name = ends[0] if ends else front if alone else names.fresh(f"{front}_clamped")
@@ -593,14 +591,12 @@ def _rebuilt(
 
 
 def _rename(graph: onnx.GraphProto, reads: Mapping[str, str], writes: Mapping[str, str]) -> None:
-    """Change in place what nodes read and write; subgraphs read outer tensors under their new names, too."""
+    """Change in place what nodes read and write; subgraphs read outer tensors under their new names, too.
+
+    A name means the same everywhere: ONNX forbids a subgraph to use one again.
+    """
     for node in graph.node:
         node.input[:] = [reads.get(name, name) for name in node.input]
         node.output[:] = [writes.get(name, name) for name in node.output]
         for inner in _subgraphs(node):
-            own = {name for each in inner.node for name in each.output} | {value.name for value in inner.input}
-            own |= {tensor.name for tensor in inner.initializer}
-            outer = {old: new for old, new in reads.items() if old not in own}
-            _rename(inner, outer, {})
-            for value in inner.output:
-                value.name = outer.get(value.name, value.name)
+            _rename(inner, reads, {})
