@@ -220,7 +220,7 @@ def _make(job: Job, clock: Clock, stack: contextlib.ExitStack, on_the_way: bool 
     outcome = plan_and_fit(job, subject, material, (work, (feed, quantiser)), clock)
     with clock.stage("rewrite"):
         rewritten = rewrite(subject.view, subject.layers, outcome.factors, subject.ranks, scratch)
-    rewritten, refined = _refined(job, subject, material, (rewritten, outcome), (work, clock))
+    rewritten, refined = _refined(job, subject, material, (rewritten, outcome), (work, quantiser, clock))
     return Made(subject, material, outcome, rewritten, refined, feed, notes, quantiser)
 
 
@@ -240,6 +240,8 @@ def _contest(job: Job, made: Made, clock: Clock) -> Contest | None:
     quantiser, outcome = made.quantiser, made.outcome
     if not quantiser.rounds:
         return None
+    if made.refined is not None and job.config.refine is not None and job.config.refine.fake_quant:
+        quantiser = quantiser.in_this_basis()
     steps = None
     if made.material.judge is not None and not job.config.dry_run:
         items = _judging(made.material, outcome)
@@ -570,13 +572,18 @@ def _refined(
     subject: Subject,
     material: Material,
     made: tuple[Rewritten, Outcome],
-    means: tuple[Work, Clock],
+    means: tuple[Work, Quantiser, Clock],
 ) -> tuple[Rewritten, Refined | None]:
-    """Train the new model where that was asked for, and tell what it was like before."""
-    (rewritten, outcome), (work, clock), training = made, means, job.config.refine
+    """Train the new model where that was asked for, and tell what it was like before.
+
+    Training that sees rounded weights has to see them in the basis in which they will be rounded.
+    """
+    (rewritten, outcome), (work, quantiser, clock), training = made, means, job.config.refine
     if training is None or job.config.dry_run or not outcome.factors:
         return rewritten, None
     assert material.judge is not None
+    if training.fake_quant:
+        rewritten = dataclasses.replace(rewritten, model=quantiser.balanced(rewritten.model))
     pair, joined = (subject.original, rewritten.model), subject.dynamic_batch
     items, batching = _judging(material, outcome), (subject.batch, joined)
     every = subject.batch if joined else 1

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 import onnx_lrs
 from onnx_lrs import Budget, Config, Training, cli
 from onnx_lrs.errors import ConfigError, DataError, ModelError, OutputError
+from onnx_lrs.solvers.rounding import rounded
 from tests import small_nets as nets
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("torch", "onnx2torch"))
@@ -396,3 +397,21 @@ def test_flags_of_training_without_it_are_refused(files, tmp_path, capfd):
     for flag in (["--epochs", "3"], ["--no-augment"], ["--fake-quant"], ["--rounds", "2"]):
         assert cli.main([model, "-o", str(tmp_path / "out.onnx"), "--data", data, *flag]) == 2
         assert f"{flag[0]} is about training. Add --refine" in " ".join(capfd.readouterr().err.split())
+
+
+@needs_torch
+def test_training_for_integers_sees_the_basis_in_which_weights_are_rounded():
+    course = dataclasses.replace(COURSE, epochs=2, fake_quant=True)
+    config = dataclasses.replace(CONFIG, budget=Budget(params=0.2), precision="int8", refine=course)
+    found = onnx_lrs.compress(nets.conv_net(), data=IMAGES, config=config)
+    assert found.refined is not None
+    assert found.refined.rounds[0].rounded
+    trained, integers = found.variants[2].model, found.variants[3].model
+    stored = {t.name: numpy_helper.to_array(t) for t in integers.graph.initializer}
+    compared = 0
+    for name, values in floats(trained).items():
+        if values.ndim == 4:
+            scale = stored[f"{name}_scale"].reshape(-1, 1, 1, 1)
+            np.testing.assert_allclose(stored[f"{name}_quantized"] * scale, rounded(values, 0), rtol=1e-5, atol=1e-7)
+            compared += 1
+    assert compared >= 2

@@ -8,6 +8,7 @@ whatever stands in their place.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -77,6 +78,7 @@ class Quantiser:
         self.recipe = dataclasses.replace(Recipe.of(config.quantize_options), scales=scales or {})
         self._items = np.zeros(0, np.int64)
         self._batch = _batch(subject, config.memory_bytes)
+        self._turns = True
         if material.split is not None:
             every = material.split.fit_and_select
             drawn = np.random.default_rng(config.seed).permutation(every)[:MOST]
@@ -105,7 +107,7 @@ class Quantiser:
         """Return a float model with bases that suit INT8, what its biases will take, and its ranges."""
         if self.precision != "int8":
             return Prepared(model)
-        balanced = self._balanced(model)
+        balanced = self.balanced(model)
         ranges = ranges_of(balanced, self._feeds(), self.recipe, self._threads)
         return Prepared(balanced, ranges, self._shifts(balanced))
 
@@ -124,7 +126,16 @@ class Quantiser:
         for _, feed in batches(self._samples, self._items, self._batch, self._subject.dynamic_batch):
             yield feed
 
-    def _balanced(self, model: onnx.ModelProto) -> onnx.ModelProto:
+    def in_this_basis(self) -> Quantiser:
+        """Return one that leaves the bases between products as they are."""
+        other = copy.copy(self)
+        other._turns = False
+        return other
+
+    def balanced(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Return a float model with the bases between its products in which INT8 makes least noise."""
+        if self.precision != "int8" or not self._turns:
+            return model
         found = links(model, products(model))
         count = -(-len(self._items) // self._batch) if self._subject.dynamic_batch else len(self._items)
         turns = {}
