@@ -185,7 +185,7 @@ def _run(job: Job, clock: Clock) -> Result:
             *closing_notes(verdict.before, after, verdict.quality, bool(verdict.unchanged)),
             *latency_notes(job, outcome, (verdict.before, after)),
             *element_notes(layers),
-            *([] if refined is None else refined_notes(refined.rounds, layers=True)),
+            *([] if refined is None else refined_notes(refined.rounds, True, job.config.precision == "int8")),
             *side_notes(job, material, verdict.quality, bool(outside)),
             *mapped_notes(subject),
         ),

@@ -406,6 +406,7 @@ def test_training_for_integers_sees_the_basis_in_which_weights_are_rounded():
     found = onnx_lrs.compress(nets.conv_net(), data=IMAGES, config=config)
     assert found.refined is not None
     assert found.refined.rounds[0].rounded
+    assert not any("unrounded" in note for note in found.notes)
     trained, integers = found.variants[2].model, found.variants[3].model
     stored = {t.name: numpy_helper.to_array(t) for t in integers.graph.initializer}
     compared = 0

@@ -205,14 +205,17 @@ def mapped_notes(subject: Subject) -> list[str]:
     return ["Both latencies are those of weights mapped from their files; ONNX Runtime's default packs them in memory."]
 
 
-def refined_notes(rounds: Sequence[Trained], layers: bool = False) -> list[str]:
-    """Return what the user has to know about training; ``layers`` says whether errors of layers are shown."""
+def refined_notes(rounds: Sequence[Trained], layers: bool = False, quantised: bool = False) -> list[str]:
+    """Return what the user has to know about training.
+
+    ``layers`` says whether errors of layers are shown, ``quantised`` whether the model itself is in INT8.
+    """
     notes, last = [], rounds[-1]
     if layers:
         notes.append("The errors of the layers are those before training.")
     if last.best == 0:
         notes.append("Training made nothing better: the weights are those of before.")
-    if last.rounded:
+    if last.rounded and not quantised:
         told = "The epochs were trained and judged with weights rounded to INT8"
         notes.append(f"{told}; the file holds them unrounded, and its quality is measured so.")
     endings = {
