@@ -19,7 +19,6 @@ from onnx_lrs.graph.model import View
 from onnx_lrs.graph.rewrite import merged, rewrite
 from onnx_lrs.pipeline import Outcome
 from onnx_lrs.planning.candidates import Fitted
-from onnx_lrs.runtime import session as sessions
 from onnx_lrs.runtime.session import Session
 from onnx_lrs.runtime.verify import check_structure
 from onnx_lrs.solvers.problem import ElementFactors
@@ -378,7 +377,7 @@ def test_through_a_file_and_back(content, external, tmp_path):
 def test_a_session_of_a_model_beyond_the_limit_of_protobuf(monkeypatch):
     factors = conv_factors()
     model = conv(factors)
-    monkeypatch.setattr(sessions, "PROTOBUF_LIMIT", 1000)  # nobody tests with 2 GB
+    monkeypatch.setattr(models, "PROTOBUF_LIMIT", 1000)  # nobody tests with 2 GB
     x = {"x": normal(2, CHANNELS, 8, 7)}
     with Session(model, 1) as dense, Session(rewritten(model, factors), 1) as small:
         np.testing.assert_array_equal(small.run(x)["y"], dense.run(x)["y"])

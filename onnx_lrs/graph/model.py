@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor
@@ -234,6 +234,15 @@ def source_bytes(source: ModelSource) -> int:
 def stored_bytes(model: onnx.ModelProto) -> int:
     """Return the bytes of a model with those of its weights that lie in files."""
     return int(model.ByteSize()) + weights.outside_bytes(model)
+
+
+def serialised(model: onnx.ModelProto) -> bytes | None:
+    """Return a model as bytes, None if it is beyond protobuf's limit; asking for its size first would take as long."""
+    try:
+        content = bytes(model.SerializeToString())
+    except EncodeError:
+        return None
+    return content if len(content) < PROTOBUF_LIMIT else None
 
 
 def external_places(path: pathlib.Path) -> set[str]:

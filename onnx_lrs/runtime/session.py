@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnx_lrs.config import CudaOptions, Provider
 from onnx_lrs.errors import ModelError, RuntimeEnvironmentError
-from onnx_lrs.graph.model import PROTOBUF_LIMIT, save
+from onnx_lrs.graph.model import save, serialised
 from onnx_lrs.graph.weights import below, common_folder, outside_bytes
 from onnx_lrs.native import STDERR, overheard, redirected
 
@@ -166,11 +166,12 @@ class Session:
         if isinstance(model, pathlib.Path):
             return str(model)
         root = common_folder(model)
-        if model.ByteSize() < PROTOBUF_LIMIT and root is not None:
-            options.add_session_config_entry(EXTERNAL_FOLDER, str(root))
-            return bytes(below(model, root).SerializeToString())
-        if model.ByteSize() < PROTOBUF_LIMIT and not outside_bytes(model):
-            return bytes(model.SerializeToString())
+        if root is not None or not outside_bytes(model):
+            content = serialised(model if root is None else below(model, root))
+            if content is not None:
+                if root is not None:
+                    options.add_session_config_entry(EXTERNAL_FOLDER, str(root))
+                return content
         folder = pathlib.Path(self._folder.enter_context(tempfile.TemporaryDirectory(prefix="onnx-lrs-")))
         save(model, folder / "model.onnx", external=True)
         return str(folder / "model.onnx")
