@@ -417,7 +417,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--method",
         metavar="NAME",
-        help="lrs (default), admm, greedy, ddlr, nettrim; baselines: hsvd, channels, svd, magnitude",
+        help="lrs (default), admm, greedy, ddlr, nettrim; baselines: hsvd, channels, svd, spatial, magnitude",
     )
     fit.add_argument(
         "--fit",

@@ -279,7 +279,10 @@ def test_an_impossible_budget_names_what_can_be_reached(bench):
 
 def test_an_unknown_method(bench):
     bench.refused(
-        2, "'magic'", "lrs, admm, greedy, ddlr, nettrim, hsvd, channels, svd, magnitude", flags=("--method", "magic")
+        2,
+        "'magic'",
+        "lrs, admm, greedy, ddlr, nettrim, hsvd, channels, svd, spatial, magnitude",
+        flags=("--method", "magic"),
     )
 
 

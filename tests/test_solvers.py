@@ -15,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lrs.solvers import (
+    METHODS,
     Budget,
     Candidate,
     Factors,
     Moments,
     Problem,
     ProjectedFactors,
+    Settings,
     SpatialFactors,
     Status,
     TuckerFactors,
@@ -117,7 +119,7 @@ def check_contract(problem, budget, found, method):
     assert 0 < factors.params <= budget.params < problem.params
     assert factors.rank % budget.multiple == 0
     assert len(factors.kept) % budget.multiple == 0
-    if method in ("hsvd", "svd"):
+    if method in ("hsvd", "svd", "spatial"):
         assert len(factors.kept) == 0
     if method in ("channels", "magnitude"):
         assert factors.rank == 0
@@ -672,7 +674,7 @@ def test_the_budget_holds(method, multiple, out, channels, taps, data):
         found = solve(problem, budget, method=method)
         smallest = multiple * min(
             problem.rank_cost if method not in ("channels", "magnitude") else 10**9,
-            taps * out if method not in ("svd", "hsvd") else 10**9,
+            taps * out if method not in ("svd", "hsvd", "spatial") else 10**9,
         )
         assert (found.status is Status.SOLVED) == (params >= smallest)
         if found.status is Status.SOLVED:
@@ -952,6 +954,23 @@ def test_without_data_it_is_the_truncated_svd_of_the_other_matrix():
         factors, _ = fit_spatial(problem, rank, DAMPING)
         distance = np.square(problem.weight - factors.dense()).sum()
         assert distance == pytest.approx(np.square(tail[rank:]).sum(), rel=1e-9)
+
+
+def test_the_spatial_baseline_sees_no_data_and_its_losses_are_those_of_its_factors():
+    problem, blind = (spatial_problem(33, data=data) for data in (True, False))
+    for params in (30, 60, 100):
+        found = solve(problem, Budget(params=params), method="spatial")
+        np.testing.assert_allclose(
+            found.factors.dense(), solve(blind, Budget(params=params), method="spatial").factors.dense(), atol=1e-9
+        )
+        assert not found.factors.bias_shift.any()
+    validation = problem.validation or problem.moments
+    nothing = objective(problem.weight, 0 * problem.weight, validation)
+    offered = METHODS["spatial"].candidates(problem, 1, Settings())
+    assert len(offered) > 3
+    for candidate in offered:
+        found = METHODS["spatial"].fit(problem, candidate, Settings()).factors.dense()
+        assert candidate.loss == pytest.approx(objective(problem.weight, found, validation) / nothing, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))

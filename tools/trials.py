@@ -66,6 +66,7 @@ LISTED = (
     Row("hsvd", "hsvd"),
     Row("channels", "channels"),
     Row("svd", "svd"),
+    Row("spatial", "spatial"),
     Row("magnitude", "magnitude"),
     Row("ddlr", "ddlr"),
     Row("nettrim", "nettrim"),

@@ -50,7 +50,7 @@ from onnx_lrs.report.result import SearchStep, Totals
 from onnx_lrs.runtime.session import Feed, is_mapped
 from onnx_lrs.runtime.table import Device, Table
 from onnx_lrs.solvers import METHODS, Settings, Status
-from onnx_lrs.solvers.problem import CHAINS, AnyFactors
+from onnx_lrs.solvers.problem import CHAINS, AnyFactors, SpatialFactors
 from onnx_lrs.work import Work
 
 SHELF_SHARE = 4  # of the memory holds statistics between plan and fit; the rest goes to disk
@@ -60,6 +60,7 @@ ELEMENT_FORMS = ("low-rank", "elements", "low-rank + elements")
 FORMS = {  # that a method fits, where it is not all of CHANNEL_FORMS
     **dict.fromkeys(("hsvd", "svd", "ddlr"), ("low-rank",)),
     **dict.fromkeys(("channels", "magnitude"), ("channels",)),
+    "spatial": ("low-rank", SpatialFactors.form),
     **dict.fromkeys(("admm", "greedy"), MIXED_FORMS),
     "nettrim": ("elements",),
 }

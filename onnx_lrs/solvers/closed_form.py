@@ -1,4 +1,4 @@
-"""The methods that need no iteration over data: svd, hsvd, channels, magnitude, and their union lrs.
+"""The methods that need no iteration over data: svd, spatial, hsvd, channels, magnitude, and their union lrs.
 
 Each is a function ``method(problem, multiple, damping) -> Family``; a split admits every rank at once (spectral.py), so
 a method is fully described by the supports it tries, the metric of its basis, and whether it refits.
@@ -31,7 +31,7 @@ from onnx_lrs.solvers.problem import (
 )
 from onnx_lrs.solvers.projected import FORM as PROJECTED
 from onnx_lrs.solvers.projected import TUCKER, fit_projected, fit_tucker, projected_candidates
-from onnx_lrs.solvers.spatial import FORM, fit_spatial, spatial_candidates
+from onnx_lrs.solvers.spatial import FORM, RANKS, applies, fit_spatial, spatial_candidates, trials
 from onnx_lrs.solvers.spectral import (
     DAMPING,
     Curve,
@@ -49,7 +49,7 @@ from onnx_lrs.solvers.spectral import (
 from onnx_lrs.solvers.three_block import propose
 
 NO_CHANNELS: Indices = np.zeros(0, np.int64)
-DATA_FREE = ("svd", "magnitude")  # baselines that see no data; the bias stays as it is
+DATA_FREE = ("svd", "spatial", "magnitude")  # baselines that see no data; the bias stays as it is
 WORTH = 0.01  # of J: a support from ADMM that gains less is as often worse as better on other samples
 ROUNDS = 2  # of re-choosing the support; the objective falls by less than 1e-4 after the second
 
@@ -100,6 +100,25 @@ def lrs(problem: Problem, multiple: int, damping: float) -> Family:
 def svd(problem: Problem, multiple: int, damping: float) -> Family:
     """Plain truncated SVD of the weights; sees no data, so the bias stays too. A baseline."""
     return _data_free(problem, [data_free_split(problem, NO_CHANNELS, low_rank=True)])
+
+
+def spatial(problem: Problem, multiple: int, damping: float) -> Family:
+    """Spatial SVD of the weights, k x 1 then 1 x k (Jaderberg et al. 2014), or plain SVD where no kernel is 2-D.
+
+    Sees no data; what AIMET calls spatial SVD. A baseline.
+    """
+    if not applies(problem):
+        return svd(problem, multiple, damping)
+    moments, others = problem.validation or problem.moments, []
+    for trial in trials(_blind(problem), multiple, damping, RANKS):
+        loss = objective(problem.weight, problem.weight - trial.difference, moments, problem.affine)
+        others.append(dataclasses.replace(trial.candidate(FORM, damping), loss=loss))
+    return Family((), damping, others)
+
+
+def _blind(problem: Problem) -> Problem:
+    """Return the problem without anything that is known of its inputs."""
+    return dataclasses.replace(problem, moments=None, validation=None, columns=None, checks=None)
 
 
 def magnitude(problem: Problem, multiple: int, damping: float) -> Family:
@@ -245,6 +264,7 @@ FAMILIES: dict[str, Callable[[Problem, int, float], Family]] = {
     "hsvd": hsvd,
     "channels": channels,
     "svd": svd,
+    "spatial": spatial,
     "magnitude": magnitude,
 }
 
@@ -277,8 +297,10 @@ def _fit(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
 
 
 def _fit_data_free(problem: Problem, chosen: Candidate, settings: Settings) -> Solution:
+    if chosen.form == FORM:
+        return finished(problem, fit_spatial(_blind(problem), chosen.rank, chosen.damping)[0])
     split = data_free_split(problem, chosen.support, low_rank=chosen.rank > 0)
     return finished(problem, assemble(problem, reduce_rows(problem.weight), split, chosen.rank, shift=False))
 
 
-LRS, HSVD, CHANNELS, SVD, MAGNITUDE = (_method(name) for name in ("lrs", "hsvd", "channels", "svd", "magnitude"))
+LRS, HSVD, CHANNELS, SVD, SPATIAL, MAGNITUDE = map(_method, ("lrs", "hsvd", "channels", "svd", "spatial", "magnitude"))

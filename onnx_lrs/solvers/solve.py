@@ -19,6 +19,7 @@ METHODS: dict[str, Method] = {
     "hsvd": closed_form.HSVD,
     "channels": closed_form.CHANNELS,
     "svd": closed_form.SVD,
+    "spatial": closed_form.SPATIAL,
     "magnitude": closed_form.MAGNITUDE,
 }
 

@@ -60,14 +60,15 @@ class Trial:
         return Candidate(form, self.rank, self.params, loss, np.zeros(0, np.int64), damping)
 
 
-def trials(problem: Problem, multiple: int, damping: float) -> Iterator[Trial]:
-    """Yield factorisations kh x 1 -> 1 x kw of a few ranks."""
+def trials(problem: Problem, multiple: int, damping: float, most: int | None = None) -> Iterator[Trial]:
+    """Yield factorisations kh x 1 -> 1 x kw of at most so many ranks (None: all, and a few of them with moments)."""
     assert problem.kernel is not None
     kh, kw = problem.kernel
     cost = problem.channels * kh + problem.out * kw
     ranks = [*range(multiple, int(LARGEST * problem.params / cost) + 1, multiple)]
     if problem.moments is not None:
-        ranks = spread(ranks, RANKS)
+        most = most or RANKS
+    ranks = spread(ranks, most) if most else ranks
     if not ranks:
         return
     basis = _right_basis(problem)
